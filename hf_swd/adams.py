@@ -1,0 +1,291 @@
+"""AdamS: Adam with scheduled weight decay, on torch's own Adam kernels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_differentiable
+
+from .grad_norm import by_kind, local_part
+from .schedule import DecaySchedule, check_reference_steps
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.optim.optimizer import ParamsT
+
+
+__all__ = ["AdamS", "create_adams", "decay_parameter_names"]
+
+# The Trainer's rule (Trainer.get_decay_parameter_names): no decay for biases and for what is named like a norm.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+class AdamS(torch.optim.AdamW):
+    r"""
+    Adam with Scheduled Weight Decay.
+
+        m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
+        v_bar = mean of v / (1 - beta2^t) over every element of every parameter that has a gradient
+        theta <- (1 - lr * weight_decay / sqrt(v_bar)) theta - lr * m_hat / (sqrt(v_hat) + eps)
+
+    `v_bar` is one number for the whole model, whatever the parameter groups. `group["weight_decay"]` shows the effective decay
+    (`weight_decay / sqrt(v_bar)`) of the last step, `group["initial_weight_decay"]` the user's value; a value that is assigned to
+    `group["weight_decay"]` between steps becomes the user's value. The decay never exceeds 1/lr. Groups with `weight_decay=0` are
+    plain Adam, bit for bit.
+
+    Args:
+        params (iterable): parameters, named parameters or dicts of parameter groups; real or complex, any floating dtype.
+        lr (`float` or 1-element `Tensor`, defaults to 1e-3): learning rate, at least 0.
+        betas (`tuple[float, float]`, defaults to (0.9, 0.999)): decay rates of the moments, in [0, 1).
+        eps (`float`, defaults to 1e-8): term added to the denominator, at least 0.
+        weight_decay (`float`, defaults to 5e-4): lambda, at least 0. Without `reference_steps` it is in units of sqrt(v_bar), which
+            depends on the model: AdamW's value does not carry over.
+        amsgrad (`bool`, defaults to `False`): use the maximum of v instead of v (also in v_bar; a slower path).
+        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` its meaning in AdamW: it is the effective decay up to step
+            K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
+        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is then the mean
+            over all of them (one all-reduce of 16 bytes a step). Not for replicas (DDP), which need nothing.
+        maximize (`bool`, defaults to `False`): go along the gradient instead of against it.
+        foreach (`bool`, *optional*): multi-tensor implementation of torch.
+        capturable (`bool`, defaults to `False`): allow capture of `step()` in a CUDA graph.
+        differentiable (`bool`, defaults to `False`): let gradients flow through `step()`.
+        fused (`bool`, *optional*): torch's fused kernel. By default it is used wherever it exists (floating-point parameters on
+            CPU, CUDA, MPS, XPU), else torch's own default.
+
+    Raises:
+        TypeError, ValueError: an argument, or an option of a parameter group, has a wrong type or is out of range.
+        RuntimeError: from `step()`, before any weight changes: a gradient is sparse.
+
+    Example:
+
+    ```python
+    optimizer = AdamS(model.parameters(), lr=1e-3, weight_decay=5e-4)  # the paper's setting, from scratch
+    optimizer = AdamS(model.parameters(), lr=2e-5, weight_decay=0.01, reference_steps=100)  # fine-tuning, AdamW's units
+    ```
+
+    References: Xie, Xu, Zhang, Sato, Sugiyama, *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
+    Gradient-Norm Perspective*, NeurIPS 2023, arXiv 2011.11152. (Not the AdamS of 2025, another optimizer.)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 5e-4,
+        amsgrad: bool = False,
+        *,
+        reference_steps: int = 0,
+        process_group: ProcessGroup | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check_options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_reference_steps(reference_steps)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._decay_schedule = DecaySchedule(self, reference_steps=reference_steps, process_group=process_group)
+
+    @property
+    def schedule(self) -> DecaySchedule:
+        """The schedule of this optimizer's weight decay."""
+        return self._decay_schedule
+
+    @property
+    def grad_rms(self) -> float:
+        """sqrt(v_bar) of the last step, 0.0 before the first. Reading it makes the host wait for an accelerator."""
+        return self._decay_schedule.grad_rms
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients to a total norm and keep that norm for the coming step: see [`DecaySchedule.clip_grad_norm_`]."""
+        return self._decay_schedule.clip_grad_norm_(max_norm)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_options(param_group)
+        super().add_param_group(param_group)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """
+        Perform one optimization step.
+
+        Args:
+            closure (`Callable`, *optional*): reevaluates the model, computes gradients and returns the loss.
+
+        Returns:
+            The closure's value, or `None`.
+        """
+        # Not super().step(): torch wraps `step` of every class for hooks, which would then run twice.
+        _graph_capture_check(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, decay in zip(self.param_groups, self._decay_schedule.update(), strict=True):
+            self._step_group(group, decay)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
+        with_grad = [local_part(p) for p in group["params"] if p.grad is not None]
+        fused = group["fused"]
+        if fused is None and group["foreach"] is None:
+            fused, _ = _default_to_fused_or_foreach(with_grad, group["differentiable"], use_fused=True)
+        if fused:
+            # The fused kernels walk through memory, and on CPU they do not look at strides.
+            local_grads = (local_part(p.grad) for p in group["params"] if p.grad is not None)
+            fused = all(map(_same_layout, with_grad, local_grads))
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        has_complex = self._init_group({**group, "fused": fused}, *lists)
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([local_part(t) for t in ts] for ts in lists)
+        if fused:
+            # A loaded state may have `step` on the host.
+            for i, p in enumerate(p for p in group["params"] if p.grad is not None):
+                if steps[i].device != params[i].device:
+                    steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
+        if isinstance(decay, Tensor) and not decay.requires_grad:
+            self._decay_on_device(params, group["lr"], decay)
+            decay = 0.0
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            fused=fused,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            has_complex=has_complex,
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=decay,
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def _decay_on_device(self, params: list[Tensor], lr: float | Tensor, decay: Tensor) -> None:
+        """Decay by a number that stays on the accelerator: torch's kernels take theirs from the host."""
+        product = lr * decay
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            product = torch.where(found_inf.to(product.device) > 0, 0.0, product)
+        for (device, dtype), indices in by_kind(params).items():
+            tensors = [params[i] for i in indices]
+            product = product.to(device, non_blocking=True)
+            if dtype in (torch.float16, torch.bfloat16):
+                # 1 - product would be rounded to 1.
+                for tensor in tensors:
+                    tensor.addcmul_(tensor, product.to(dtype), value=-1)
+            else:
+                torch._foreach_mul_(tensors, (1 - product).to(dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._decay_schedule.process_group is not None:
+            raise RuntimeError(
+                "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
+            )
+        self._decay_schedule.publish()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_decay_schedule" not in self.__dict__:
+            self._decay_schedule = DecaySchedule(self, reference_steps=self.param_groups[0].get("reference_steps", 0))
+
+
+def create_adams(
+    model: nn.Module, *, lr: float | Tensor = 1e-3, weight_decay: float = 5e-4, **adams_kwargs: Any
+) -> AdamS:
+    """
+    AdamS over the trainable parameters of a model, with the Trainer's two groups: decay, and none for biases and norms.
+
+    Args:
+        model (`nn.Module`): its parameters with `requires_grad` are optimized.
+        lr (`float` or `Tensor`, defaults to 1e-3): learning rate.
+        weight_decay (`float`, defaults to 5e-4): decay of the first group; the second has 0.
+        adams_kwargs: further arguments of [`AdamS`].
+
+    Raises:
+        ValueError: the model has no trainable parameter, or an argument is out of range.
+    """
+    decay_names = set(decay_parameter_names(model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"model={type(model).__name__}: no parameter has requires_grad=True; unfreeze what should be trained"
+        )
+    groups = [
+        {"params": [p for name, p in trainable if name in decay_names], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in decay_names], "weight_decay": 0.0},
+    ]
+    return AdamS([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **adams_kwargs)
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that the Trainer decays: not in an `nn.LayerNorm`, not named like a bias or a norm."""
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    return [n for n, p in model.named_parameters() if id(p) not in norms and not _NO_DECAY.search(n.lower())]
+
+
+def _same_layout(p: Tensor, grad: Tensor) -> bool:
+    """Whether the elements of `p`, `grad` and the moments (which `torch.zeros_like` lays out) correspond in memory."""
+    dense = p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+    return dense and p.stride() == grad.stride()
+
+
+_graph_capture_check = (
+    getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
+    or torch.optim.Optimizer._cuda_graph_capture_health_check
+)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Range and type of the hyperparameters among `options`, each error naming argument, value and remedy."""
+    for name, what in (("lr", "a learning rate"), ("eps", "a small constant"), ("weight_decay", "a decay strength")):
+        if name in options:
+            _check_number(name, options[name], f"{what} of at least 0", lambda value: 0 <= value < math.inf)
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, Iterable) or isinstance(betas, (str, Tensor)) or len(list(betas)) != 2:
+            raise TypeError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
+        for i, beta in enumerate(betas):
+            _check_number(f"betas[{i}]", beta, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
+        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+            raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
+
+
+def _check_number(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name}={value!r}: expected {expected}, a number, not {type(value).__name__}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name}: expected {expected}; a tensor must have 1 element, not shape {tuple(value.shape)}")
+    if not in_range(value):
+        raise ValueError(f"{name}={float(value):g}: expected {expected}")

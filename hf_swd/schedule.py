@@ -1,0 +1,420 @@
+"""Scheduled weight decay on an optimizer: what the schedule reads from it, writes into it and keeps in its checkpoints.
+
+Nothing here knows of Hugging Face or DeepSpeed. The arithmetic stands in `recurrence.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .grad_norm import ShardedSum, accumulation_dtype, by_kind, local_part, squared_norms, sums
+from .recurrence import SecondMomentMean
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+
+__all__ = ["DecaySchedule", "check_reference_steps", "schedule_of"]
+
+# What the schedule keeps in every parameter group, so that every checkpoint format carries it (as plain numbers).
+SHARED_KEYS = ("schedule_step", "second_moment_mean", "num_elements", "reference_rms")
+# Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
+_LARGEST_DECAY = 1.0 - 2.0**-52
+
+
+def schedule_of(optimizer: Any) -> DecaySchedule | None:
+    """The schedule that drives `optimizer`, looked for through wrappers that keep the optimizer in `.optimizer`
+    (accelerate, DeepSpeed); `None` if there is none."""
+    while optimizer is not None:
+        attributes = getattr(optimizer, "__dict__", {})
+        if attributes.get("_decay_schedule") is not None:
+            return attributes["_decay_schedule"]
+        optimizer = attributes.get("optimizer")
+    return None
+
+
+def check_reference_steps(reference_steps: int) -> None:
+    if isinstance(reference_steps, bool) or not isinstance(reference_steps, int):
+        raise TypeError(f"reference_steps={reference_steps!r}: expected an int, a number of optimizer steps (0: off)")
+    if reference_steps < 0:
+        raise ValueError(
+            f"reference_steps={reference_steps}: expected 0 (the paper's schedule) or a positive number of steps"
+        )
+
+
+class DecaySchedule:
+    """
+    Drives the weight decay of one optimizer: `decay = lambda * factor`, with the factor of [`SecondMomentMean`].
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
+        beta2 (`float`, *optional*): decay rate of the second moment; by default `betas[1]` of each parameter group.
+        reference_steps (`int`, defaults to 0): with K > 0 the decay is lambda itself before step K, and from then on relative to
+            the gradient rms of step K. A checkpoint that is loaded brings its own K.
+        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
+
+    References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
+    """
+
+    # Whether the optimizer can take the decay only as a number, for which the host must wait for an accelerator.
+    host_decay = False
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        beta2: float | None = None,
+        reference_steps: int = 0,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        check_reference_steps(reference_steps)
+        self._optimizer = weakref.ref(optimizer)
+        self._fixed_beta2 = beta2
+        self.process_group = process_group
+        self._loaded: tuple[int, Tensor, Tensor] | None = None
+        self._clipped: tuple[list[weakref.ref], list[int], Tensor] | None = None
+        self._clip_counts: tuple[Any, int] = (0, 0)
+        self._warned_cap = False
+        for group in optimizer.param_groups:
+            self._prepare_group(group, reference_steps)
+        optimizer._decay_schedule = self
+        self._handles = [
+            optimizer.register_state_dict_pre_hook(lambda _: self.publish()),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._complete_state_dict(state_dict)),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._read_shared()),
+        ]
+        self._read_shared()
+
+    # Reading
+
+    @property
+    def optimizer(self) -> Optimizer:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("the optimizer of this weight decay schedule no longer exists")
+        return optimizer
+
+    @property
+    def grad_rms(self) -> float:
+        """sqrt of the mean second moment over the whole model at the last step; 0.0 before the first. Reading it makes the
+        host wait for an accelerator."""
+        return math.sqrt(self._mean.mean.detach())
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps that the schedule has seen; skipped steps (overflow) do not count."""
+        return int(self._mean.step)
+
+    @property
+    def reference_steps(self) -> int:
+        return self._group_value("reference_steps")
+
+    def clip_statistics(self) -> tuple[int, int]:
+        """How many steps [`clip_grad_norm_`] has clipped, and how many it has seen. Makes the host wait."""
+        clipped, steps = self._clip_counts
+        return int(clipped), steps
+
+    # One step
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """
+        Clip the gradients in place to a total 2-norm, and keep the norm for the coming step, which then need not read them.
+
+        Args:
+            max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
+
+        Returns:
+            `Tensor`: 0-d float32, the norm before clipping, of all shards.
+
+        Raises:
+            ValueError: `max_norm` is not positive.
+        """
+        if not max_norm > 0:
+            raise ValueError(
+                f"max_norm={max_norm}: expected a positive number; leave clip_grad_norm_ out for no clipping"
+            )
+        params, grads, active = self._gradients()
+        self._follow(params)
+        squares = squared_norms(grads)
+        addends = torch.zeros_like(self._mean.sums).index_copy(
+            0, self._activity(active)[0], squares.to(self._mean.sums)
+        )
+        norm = self._reduce(addends.unsqueeze(1)).squeeze(0).sqrt().float()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        clipped, steps = self._clip_counts
+        self._clip_counts = clipped + (factor < 1.0), steps + 1
+        if norm.device.type == "cpu":
+            factor = factor.item()
+        # Asking whether the factor is 1 would make the host wait for an accelerator.
+        if isinstance(factor, Tensor) or factor != 1.0:
+            locals_ = [local_part(grad) for grad in grads]
+            for (device, _), indices in by_kind(locals_).items():
+                scale = factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor
+                torch._foreach_mul_([locals_[i] for i in indices], scale)
+            squares = squares * factor**2
+        self._clipped = [weakref.ref(g) for g in grads], [g._version for g in grads], squares
+        return norm
+
+    def update(self) -> list[float | Tensor]:
+        """
+        Take in the gradients of one optimizer step, before the step changes any weight.
+
+        Returns:
+            `list[float | Tensor]`: the effective decay of each parameter group, at most 1/lr. A number where the weights are
+            on the CPU (a 0-d tensor with a graph in a differentiable optimizer), else a 0-d tensor. It is also written to
+            `group["weight_decay"]`.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        groups = self.optimizer.param_groups
+        self._adopt_assignments(groups)
+        params, grads, active = self._gradients()
+        self._follow(params)
+        if grads or not self._reduce.is_local:
+            self._advance(groups, grads, active)
+        return self._write(groups)
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """All parameters, the gradients that there are, and which of the parameters have one."""
+        params, grads, active = [], [], []
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError(
+                            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay needs "
+                            "dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
+                        )
+                    active.append(len(params))
+                    grads.append(p.grad)
+                params.append(p)
+        return params, grads, active
+
+    def _advance(self, groups: list[dict], grads: list[Tensor], active: list[int]) -> None:
+        squares = self._clipped_squares(grads)
+        if squares is None:
+            squares = squared_norms(grads)
+        squares = squares.to(self._mean.sums)
+        grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if grad_scale is not None:
+            squares = squares / grad_scale.to(squares).square()
+        with_grad = None
+        if len(active) < len(self._params):
+            index, with_grad = self._activity(active)
+            squares = torch.zeros_like(self._mean.sums).index_copy(0, index, squares)
+        self._mean.advance(
+            squares,
+            self._beta2_vector(groups),
+            reduce=self._reduce,
+            with_grad=with_grad,
+            known_sums=self._amsgrad_sums(groups, grad_scale),
+            # The step with lr = 0 and zero gradients by which torch.distributed.checkpoint makes an optimizer allocate its state.
+            skip_if_nothing=all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in groups),
+            skipped=None if found_inf is None else found_inf.to(squares) > 0,
+            reference_steps=self.reference_steps,
+        )
+
+    def _write(self, groups: list[dict]) -> list[float | Tensor]:
+        factor = self._mean.factor(calibrated=self.reference_steps > 0)
+        if self.host_decay or (factor.device.type == "cpu" and not factor.requires_grad):
+            factor = factor.item()
+        decays = [self._effective(group, factor) for group in groups]
+        for group, decay in zip(groups, decays, strict=True):
+            shown = decay.item() if isinstance(decay, Tensor) and decay.requires_grad else decay
+            group["weight_decay"] = group["scheduled_weight_decay"] = shown
+        if self._mean.mean.device.type == "cpu":
+            self.publish()
+        return decays
+
+    def _effective(self, group: dict, factor: float | Tensor) -> float | Tensor:
+        user_decay, lr = group["initial_weight_decay"], group["lr"]
+        if user_decay == 0:
+            return 0.0
+        decay = user_decay * factor
+        if isinstance(decay, Tensor):
+            if isinstance(lr, Tensor):
+                return torch.minimum(decay, (_LARGEST_DECAY / lr.detach()).to(decay))
+            return decay.clamp(max=_LARGEST_DECAY / lr) if lr > 0 else decay
+        lr = float(lr)
+        if lr * decay > _LARGEST_DECAY:
+            if not self._warned_cap:
+                self._warned_cap = True
+                warnings.warn(
+                    f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {self.grad_rms:.3g}) times "
+                    f"lr={lr:g} exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. Choose a smaller "
+                    f"weight_decay (an effective 0.01 is {0.01 * self.grad_rms:.2g} here), or reference_steps=100, which gives AdamW's "
+                    "value its usual meaning.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            decay = _LARGEST_DECAY / lr
+        return decay
+
+    def _clipped_squares(self, grads: list[Tensor]) -> Tensor | None:
+        """The squared norms that `clip_grad_norm_` left, if the gradients are still the ones that it clipped."""
+        clipped, self._clipped = self._clipped, None
+        if clipped is None or torch.is_grad_enabled():
+            return None
+        references, versions, squares = clipped
+        same = len(references) == len(grads) and all(
+            reference() is grad and version == grad._version
+            for reference, version, grad in zip(references, versions, grads, strict=True)
+        )
+        return squares if same else None
+
+    def _amsgrad_sums(self, groups: list[dict], grad_scale: Tensor | None) -> dict[int, Tensor]:
+        """AMSGrad divides by a maximum, whose sum obeys no recurrence: sum the maximum that this step will make."""
+        found, position = {}, 0
+        for group in groups:
+            for p in group["params"]:
+                if group.get("amsgrad") and p.grad is not None:
+                    grad = p.grad if grad_scale is None else p.grad / grad_scale
+                    found[position] = _next_maximum_sum(grad, self.optimizer.state.get(p, {}), self._beta2_of(group))
+                position += 1
+        return found
+
+    # What is tracked
+
+    def _follow(self, params: list[Tensor]) -> None:
+        """Make the recurrence fit the parameters that the optimizer holds now."""
+        if len(params) == len(self._params) and all(map(operator.is_, params, self._params)) and not self._stale:
+            return
+        device = params[0].device if params else torch.device("cpu")
+        dtype = accumulation_dtype(device)
+        known = {} if self._stale else {p: i for i, p in enumerate(self._params)}
+        block_sums, steps = torch.zeros(2, len(params), dtype=dtype, device=device)
+        for i, p in enumerate(params):
+            if p in known:
+                block_sums[i], steps[i] = self._mean.sums[known[p]], self._mean.steps[known[p]]
+        fresh = [i for i, p in enumerate(params) if p not in known]
+        self._fill_from_moments(params, fresh, block_sums, steps)
+        counts = [local_part(p.detach()).numel() * (2 if p.is_complex() else 1) for p in params]
+        self._mean.set_blocks(block_sums, steps, torch.tensor(counts, dtype=dtype).to(device))
+        self._params, self._beta2_source, self._active = params, None, None
+        self._reduce = ShardedSum(params, {}, self.process_group)
+        if self._stale:
+            self._reconcile()
+        self._stale = False
+
+    def _fill_from_moments(self, params: list[Tensor], indices: list[int], block_sums: Tensor, steps: Tensor) -> None:
+        """S_p and t_p of parameters that the optimizer has stepped already, from its own state."""
+        amsgrad = {p for group in self.optimizer.param_groups if group.get("amsgrad") for p in group["params"]}
+        found, moments = [], []
+        for i in indices:
+            state = self.optimizer.state.get(params[i], {})
+            moment = state.get("max_exp_avg_sq" if params[i] in amsgrad else "exp_avg_sq")
+            if isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state:
+                found.append(i)
+                moments.append(moment.detach())
+                steps[i] = float(state["step"])
+        if found:
+            block_sums[found] = sums(moments).to(block_sums)
+
+    def _reconcile(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded[0] == self.step_count and len(loaded[1]) == len(self._params):
+            self._mean.sums.copy_(loaded[1])
+            self._mean.steps.copy_(loaded[2])
+        else:
+            self._mean.reconcile(self._beta2_vector(self.optimizer.param_groups), self._reduce)
+
+    def _activity(self, active: list[int]) -> tuple[Tensor, Tensor]:
+        """Index and mask, on the device, of the parameters that have a gradient."""
+        if self._active is None or self._active[0] != active:
+            device = self._mean.sums.device
+            with_grad = torch.zeros(len(self._params), dtype=torch.bool)
+            with_grad[active] = True
+            index = torch.tensor(active, dtype=torch.long)
+            self._active = active, index.to(device, non_blocking=True), with_grad.to(device, non_blocking=True)
+        return self._active[1:]
+
+    def _beta2_of(self, group: dict) -> float | Tensor:
+        return group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2
+
+    def _beta2_vector(self, groups: list[dict]) -> Tensor:
+        values = [self._beta2_of(group) for group in groups]
+        if any(isinstance(value, Tensor) for value in values) or values != self._beta2_source:
+            sums_ = self._mean.sums
+            full = [
+                torch.as_tensor(value, dtype=sums_.dtype).to(sums_.device).expand(len(group["params"]))
+                for value, group in zip(values, groups, strict=True)
+            ]
+            self._beta2_source, self._beta2 = values, torch.cat(full)
+        return self._beta2
+
+    def _adopt_assignments(self, groups: list[dict]) -> None:
+        """A value that someone has assigned to `group["weight_decay"]` since the last step is the user's new lambda."""
+        for group in groups:
+            if "scheduled_weight_decay" not in group:
+                self._prepare_group(group, self.reference_steps)
+            value, scheduled = group["weight_decay"], group["scheduled_weight_decay"]
+            if value is scheduled or (not isinstance(value, Tensor) and (value == scheduled or value != value)):
+                continue
+            value = float(value)
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"weight_decay={value} was assigned to a parameter group: expected a number of at least 0"
+                )
+            group["initial_weight_decay"] = group["weight_decay"] = group["scheduled_weight_decay"] = value
+
+    # State
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the schedule's state into the parameter groups as plain numbers, where checkpoints find it."""
+        scalars = (self._mean.mean, self._mean.num_elements, self._mean.reference)
+        values = (self.step_count, *(float(scalar.detach()) for scalar in scalars))
+        for group in self.optimizer.param_groups:
+            group.update(zip(SHARED_KEYS, values, strict=True))
+            for key in ("weight_decay", "scheduled_weight_decay"):
+                if isinstance(group.get(key), Tensor):
+                    group[key] = float(group[key])
+
+    def _prepare_group(self, group: dict, reference_steps: int) -> None:
+        group.setdefault("initial_weight_decay", group["weight_decay"])
+        group.setdefault("scheduled_weight_decay", group["weight_decay"])
+        group.setdefault("reference_steps", reference_steps)
+
+    def _group_value(self, key: str) -> Any:
+        return next((group[key] for group in self.optimizer.param_groups if key in group), 0)
+
+    def _read_shared(self) -> None:
+        """Begin anew from what the parameter groups say; the sums are rebuilt at the next step."""
+        self._mean = SecondMomentMean(*(self._group_value(key) for key in SHARED_KEYS))
+        self._params: list[Tensor] = []
+        self._clipped = None
+        self._stale = True
+
+    def _complete_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Give the groups of another optimizer's checkpoint what they lack: its decay does not mean what ours does."""
+        own, saved = self.optimizer.param_groups, state_dict["param_groups"]
+        if len(own) != len(saved) or all("initial_weight_decay" in group for group in saved):
+            return state_dict
+        groups = []
+        for mine, group in zip(own, saved, strict=True):
+            decay = mine["initial_weight_decay"]
+            ours = {"initial_weight_decay": decay, "weight_decay": decay, "scheduled_weight_decay": decay}
+            groups.append({**group, **ours, "reference_steps": mine["reference_steps"]})
+        return {**state_dict, "param_groups": groups}
+
+
+def _next_maximum_sum(grad: Tensor, state: dict[str, Tensor], beta2: float | Tensor) -> Tensor:
+    grad, moment, maximum = (
+        None if t is None else torch.view_as_real(local_part(t)) if t.is_complex() else local_part(t)
+        for t in (grad, state.get("exp_avg_sq"), state.get("max_exp_avg_sq"))
+    )
+    second = (1 - beta2) * grad.square()
+    if moment is not None:
+        second = torch.maximum(maximum, beta2 * moment + second)
+    return sums([second])[0]

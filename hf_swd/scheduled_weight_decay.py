@@ -1,0 +1,152 @@
+"""`ScheduledWeightDecay`: the schedule on any torch optimizer with decoupled weight decay, by step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .schedule import SHARED_KEYS, DecaySchedule, schedule_of
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+
+__all__ = ["ScheduledWeightDecay"]
+
+
+class ScheduledWeightDecay(DecaySchedule):
+    """
+    Scheduled weight decay for any torch optimizer with decoupled weight decay.
+
+    At every `optimizer.step()` it writes `initial_weight_decay / sqrt(mean second moment)` into `group["weight_decay"]`, which the
+    optimizer then applies as its own: `theta <- (1 - lr * weight_decay) theta`. The user's value is kept in
+    `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps becomes the user's value. The state
+    travels in the parameter groups with the optimizer's own `state_dict()`; [`state_dict`] here adds what only optimizers without a
+    second moment need for parameters that do not get a gradient at every step.
+
+    On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does not).
+    A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): AdamW, NAdam or RAdam with `decoupled_weight_decay=True`, 8-bit AdamW, Lion ...; a
+            wrapper that keeps it in `.optimizer` is looked through.
+        beta2 (`float`, *optional*, in [0, 1)): decay rate of the mean second moment; by default `betas[1]` of each group.
+        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` the meaning that it has in AdamW: it is applied as it is
+            up to step K, and scheduled relative to the gradients of step K from then on. 0 is the paper's schedule.
+        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the optimizer's decay is not decoupled (an L2 penalty), or it has a
+            schedule already.
+
+    Example:
+
+    ```python
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4, fused=True)
+    schedule = ScheduledWeightDecay(optimizer)
+    ```
+    """
+
+    host_decay = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        beta2: float | None = None,
+        reference_steps: int = 0,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        while not isinstance(optimizer, torch.optim.Optimizer) or "optimizer" in optimizer.__dict__:
+            inner = getattr(optimizer, "optimizer", None)
+            if inner is None:
+                raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+            optimizer = inner
+        if schedule_of(optimizer) is not None:
+            raise ValueError(
+                f"optimizer={type(optimizer).__name__}: it has a schedule already; call .remove() on that one first"
+            )
+        _check_decoupled(optimizer)
+        if beta2 is None and not all("betas" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"beta2=None: {type(optimizer).__name__} has no betas to take it from; pass beta2=0.999, for instance"
+            )
+        if beta2 is not None and not 0 <= beta2 < 1:
+            raise ValueError(f"beta2={beta2}: expected a number in [0, 1)")
+        super().__init__(optimizer, beta2=beta2, reference_steps=reference_steps, process_group=process_group)
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def remove(self) -> None:
+        """Detach from the optimizer, which goes on with the user's constant decay."""
+        for handle in self._handles:
+            handle.remove()
+        optimizer = self.optimizer
+        for group in optimizer.param_groups:
+            group["weight_decay"] = group.pop("initial_weight_decay")
+            for key in ("scheduled_weight_decay", "reference_steps", *SHARED_KEYS):
+                group.pop(key, None)
+        del optimizer._decay_schedule
+
+    def state_dict(self) -> dict[str, Any]:
+        """Complete state: `schedule_step` and `reference_steps` (int), `second_moment_mean`, `num_elements` and `reference_rms`
+        (float), `sums` and `steps` (float64 tensors of shape `(number of parameters,)`)."""
+        with torch.no_grad():
+            self._follow([p for group in self.optimizer.param_groups for p in group["params"]])
+        self.publish()
+        shared = {key: self._group_value(key) for key in ("reference_steps", *SHARED_KEYS)}
+        return {**shared, "sums": self._mean.sums.cpu().clone(), "steps": self._mean.steps.cpu().clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state written by [`state_dict`], before or after the optimizer's own is loaded.
+
+        Raises:
+            ValueError: it belongs to another number of parameters.
+        """
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if len(state_dict["sums"]) != count:
+            raise ValueError(f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {count}")
+        for group in self.optimizer.param_groups:
+            group.update({key: state_dict[key] for key in ("reference_steps", *SHARED_KEYS)})
+        self._loaded = state_dict["schedule_step"], state_dict["sums"], state_dict["steps"]
+        self._read_shared()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            with torch.no_grad():
+                self.update()
+            return None
+        return (optimizer,), {**kwargs, "closure": self._after_closure(closure)}
+
+    def _after_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The gradients come out of the closure, inside `step()`; only its first call belongs to this step."""
+        updated = False
+
+        def closure_then_update() -> Any:
+            nonlocal updated
+            loss = closure()
+            if not updated:
+                updated = True
+                with torch.no_grad():
+                    self.update()
+            return loss
+
+        return closure_then_update
+
+
+def _check_decoupled(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        if "weight_decay" not in group:
+            raise ValueError(f"optimizer={name}: its parameter groups have no weight_decay to schedule")
+        decoupled = group.get("decoupled_weight_decay")
+        known = type(optimizer).__module__.startswith("torch.optim") and name not in ("AdamW", "Muon", "Adafactor")
+        if decoupled is False or (decoupled is None and known):
+            raise ValueError(
+                f"optimizer={name}: its weight_decay is an L2 penalty, added to the gradient, and scheduled weight decay needs "
+                "decoupled decay: use torch.optim.AdamW, or decoupled_weight_decay=True where the optimizer has it"
+            )
