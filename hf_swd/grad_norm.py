@@ -108,16 +108,20 @@ class ShardedSum:
 
     Args:
         params (`Sequence[Tensor]`): the parameters, in the same order on every rank.
-        shard_groups (`Mapping[int, ProcessGroup]`): process group for each index of a parameter that is divided without being a DTensor.
+        shard_groups (`Mapping[int, tuple[ProcessGroup, ...]]`): process groups over which the parameter of that index is divided
+            without being a DTensor.
         process_group (`ProcessGroup`, *optional*): ranks that hold disjoint parts of the model altogether.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], shard_groups: Mapping[int, ProcessGroup], process_group: ProcessGroup | None
+        self,
+        params: Sequence[Tensor],
+        shard_groups: Mapping[int, tuple[ProcessGroup, ...]],
+        process_group: ProcessGroup | None,
     ) -> None:
         indices: dict[tuple[ProcessGroup, ...], list[int]] = defaultdict(list)
         for index, param in enumerate(params):
-            groups = (shard_groups[index],) if index in shard_groups else _sharding_groups(param)
+            groups = shard_groups[index] if index in shard_groups else _sharding_groups(param)
             indices[groups].append(index)
         self._process_group = process_group
         device = params[0].device if len(params) else torch.device("cpu")

@@ -9,7 +9,7 @@ import math
 import operator
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["DecaySchedule", "check_reference_steps", "schedule_of"]
+__all__ = ["DecaySchedule", "Engine", "check_reference_steps", "schedule_of"]
 
 # What the schedule keeps in every parameter group, so that every checkpoint format carries it (as plain numbers).
 SHARED_KEYS = ("schedule_step", "second_moment_mean", "num_elements", "reference_rms")
@@ -49,6 +49,22 @@ def check_reference_steps(reference_steps: int) -> None:
         raise ValueError(
             f"reference_steps={reference_steps}: expected 0 (the paper's schedule) or a positive number of steps"
         )
+
+
+class Engine(Protocol):
+    """An engine that steps the optimizer on anonymous parts of a model, and knows the norm of the whole gradient itself."""
+
+    num_elements: int
+    """Trainable scalars of the whole model."""
+
+    def begins_step(self) -> bool:
+        """Whether this `step()` of the optimizer is the first one of a new optimizer step of the engine."""
+
+    def squared_norm(self) -> Tensor:
+        """0-d: squared norm of the gradient that Adam sees (averaged, unscaled, clipped), of all ranks."""
+
+    def second_moment(self) -> tuple[Tensor, float]:
+        """Sum of the second moment over all ranks (0-d), and the number of steps in it: (0, 0) before the first step."""
 
 
 class DecaySchedule:
@@ -80,6 +96,10 @@ class DecaySchedule:
         self._optimizer = weakref.ref(optimizer)
         self._fixed_beta2 = beta2
         self.process_group = process_group
+        self.engine: Engine | None = None
+        self._shards: dict[Tensor, tuple[tuple[ProcessGroup, ...], int]] = {}
+        self._shards_known = False
+        self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         self._loaded: tuple[int, Tensor, Tensor] | None = None
         self._clipped: tuple[list[weakref.ref], list[int], Tensor] | None = None
         self._clip_counts: tuple[Any, int] = (0, 0)
@@ -178,12 +198,28 @@ class DecaySchedule:
             RuntimeError: a gradient is sparse.
         """
         groups = self.optimizer.param_groups
+        if self._group_value("schedule_step") != self._published_step:
+            self._read_shared()  # an engine has loaded a checkpoint into the groups
         self._adopt_assignments(groups)
-        params, grads, active = self._gradients()
-        self._follow(params)
-        if grads or not self._reduce.is_local:
-            self._advance(groups, grads, active)
+        if self.engine is not None:
+            if self.engine.begins_step():
+                self._advance_engine(groups)
+        else:
+            params, grads, active = self._gradients()
+            if not (self._shards_known and self._follows(params)):
+                self._refuse_unknown_shards(params, grads)
+            self._follow(params)
+            if grads or not self._reduce.is_local:
+                self._advance(groups, grads, active)
         return self._write(groups)
+
+    def bind(self, engine: Engine) -> None:
+        """Take the norm of the whole gradient from `engine` from now on."""
+        if self.engine is None and self._mean.mean == 0:
+            # Steps so far were the zero gradients by which an engine makes the optimizer allocate its state.
+            self._mean = SecondMomentMean()
+        self.engine = engine
+        self._stale = True
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """All parameters, the gradients that there are, and which of the parameters have one."""
@@ -224,6 +260,43 @@ class DecaySchedule:
             skipped=None if found_inf is None else found_inf.to(squares) > 0,
             reference_steps=self.reference_steps,
         )
+
+    def set_process_group(self, process_group: ProcessGroup | None) -> None:
+        """Name the ranks whose optimizers hold disjoint parts of the model."""
+        self.process_group, self._stale = process_group, True
+
+    def set_shards(self, shards: dict[Tensor, tuple[tuple[ProcessGroup, ...], int]]) -> None:
+        """Name the parameters that are divided among ranks without being DTensors: among which, and how many scalars are here."""
+        if shards:
+            self._shards, self._stale = shards, True
+
+    def _advance_engine(self, groups: list[dict]) -> None:
+        squares = self.engine.squared_norm().reshape(1)
+        squares = squares.to(accumulation_dtype(squares.device))
+        beta2 = torch.as_tensor(self._beta2_of(groups[0]), dtype=squares.dtype, device=squares.device).reshape(1)
+        if self._stale:
+            block_sums, steps = torch.zeros_like(squares), torch.zeros_like(squares)
+            if self._mean.step == 0:
+                total, step = self.engine.second_moment()
+                block_sums, steps = block_sums + total.to(squares), steps + step
+            counts = torch.full_like(squares, self.engine.num_elements)
+            self._mean.set_blocks(block_sums, steps, counts)
+            self._mean.reconcile(beta2, _sum_of_one)
+            self._stale = False
+        self._mean.advance(squares, beta2, reduce=_sum_of_one, reference_steps=self.reference_steps)
+
+    def _refuse_unknown_shards(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
+        originals = [p for reference in self._model_params if (p := reference()) is not None]
+        zero = any(hasattr(p, mark) for p in originals for mark in ("_hp_mapping", "ds_id"))
+        fsdp = any(getattr(p, "_fsdp_flattened", False) and p not in self._shards for p in params)
+        if (zero or fsdp) and squared_norms(grads).any():
+            raise RuntimeError(
+                f"{'DeepSpeed ZeRO' if zero else 'FSDP'} shards the model, and the weight decay schedule is not attached to it: each rank "
+                "would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with what accelerator.prepare (or "
+                "deepspeed.initialize) returned; a Trainer does it by itself after `import hf_swd`."
+            )
+        self._shards_known = not (zero or fsdp)
 
     def _write(self, groups: list[dict]) -> list[float | Tensor]:
         factor = self._mean.factor(calibrated=self.reference_steps > 0)
@@ -286,9 +359,13 @@ class DecaySchedule:
 
     # What is tracked
 
+    def _follows(self, params: list[Tensor]) -> bool:
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        return same and not self._stale
+
     def _follow(self, params: list[Tensor]) -> None:
         """Make the recurrence fit the parameters that the optimizer holds now."""
-        if len(params) == len(self._params) and all(map(operator.is_, params, self._params)) and not self._stale:
+        if self._follows(params):
             return
         device = params[0].device if params else torch.device("cpu")
         dtype = accumulation_dtype(device)
@@ -299,10 +376,12 @@ class DecaySchedule:
                 block_sums[i], steps[i] = self._mean.sums[known[p]], self._mean.steps[known[p]]
         fresh = [i for i, p in enumerate(params) if p not in known]
         self._fill_from_moments(params, fresh, block_sums, steps)
-        counts = [local_part(p.detach()).numel() * (2 if p.is_complex() else 1) for p in params]
+        sizes = (self._shards[p][1] if p in self._shards else local_part(p.detach()).numel() for p in params)
+        counts = [size * (2 if p.is_complex() else 1) for size, p in zip(sizes, params, strict=True)]
         self._mean.set_blocks(block_sums, steps, torch.tensor(counts, dtype=dtype).to(device))
         self._params, self._beta2_source, self._active = params, None, None
-        self._reduce = ShardedSum(params, {}, self.process_group)
+        shard_groups = {i: self._shards[p][0] for i, p in enumerate(params) if p in self._shards}
+        self._reduce = ShardedSum(params, shard_groups, self.process_group)
         if self._stale:
             self._reconcile()
         self._stale = False
@@ -373,6 +452,7 @@ class DecaySchedule:
     @torch.no_grad()
     def publish(self) -> None:
         """Write the schedule's state into the parameter groups as plain numbers, where checkpoints find it."""
+        self._published_step = self.step_count
         scalars = (self._mean.mean, self._mean.num_elements, self._mean.reference)
         values = (self.step_count, *(float(scalar.detach()) for scalar in scalars))
         for group in self.optimizer.param_groups:
@@ -392,6 +472,7 @@ class DecaySchedule:
     def _read_shared(self) -> None:
         """Begin anew from what the parameter groups say; the sums are rebuilt at the next step."""
         self._mean = SecondMomentMean(*(self._group_value(key) for key in SHARED_KEYS))
+        self._published_step = self.step_count
         self._params: list[Tensor] = []
         self._clipped = None
         self._stale = True
@@ -407,6 +488,11 @@ class DecaySchedule:
             ours = {"initial_weight_decay": decay, "weight_decay": decay, "scheduled_weight_decay": decay}
             groups.append({**group, **ours, "reference_steps": mine["reference_steps"]})
         return {**state_dict, "param_groups": groups}
+
+
+def _sum_of_one(values: Tensor, *, largest: bool = False) -> Tensor:
+    """The reduction of a schedule whose only block is the whole model."""
+    return values[0]
 
 
 def _next_maximum_sum(grad: Tensor, state: dict[str, Tensor], beta2: float | Tensor) -> Tensor:

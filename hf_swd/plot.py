@@ -1,0 +1,288 @@
+"""What runs of a Trainer logged, drawn: loss, gradient norm and effective weight decay over optimizer steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+__all__ = ["plot_runs"]
+
+_STATE = "trainer_state.json"
+# Title and label of the value axis. What the loss is, and so its unit, is not in the log.
+_PANELS = {
+    "loss": ("loss", "loss (cross-entropy: nats)"),
+    "grad_norm": ("gradient norm", "L2 norm before clipping"),
+    "swd/weight_decay": ("effective weight decay", "decay per step and unit learning rate"),
+}
+# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines. Four styles against seven colours: 28 combinations.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D")
+_EVALUATION = {"linewidth": 0.7, "markersize": 5.5, "markerfacecolor": "white", "zorder": 3}
+_FEW_POINTS = 15
+_LEGEND_CHARACTERS = 130
+
+
+@dataclass
+class _Run:
+    path: Path  # of its trainer_state.json
+    log: list[dict[str, Any]]
+    constant_decay: float | None  # of a run without a schedule, where it is known
+    name: str = ""
+
+    def logged(self, key: str) -> list[tuple[float, float]]:
+        """Steps and values of a log key, NaN and infinity included."""
+        return [(entry["step"], entry[key]) for entry in self.log if isinstance(entry.get(key), (int, float))]
+
+    def drawn(self, key: str) -> list[tuple[float, float]]:
+        """What is logged, and for an unscheduled weight decay its constant at every step of the log."""
+        points = self.logged(key)
+        if key == "swd/weight_decay" and not points and self.constant_decay is not None:
+            return [(entry["step"], self.constant_decay) for entry in self.log]
+        return points
+
+
+def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Path:
+    """
+    Draws loss (training and evaluation), gradient norm and effective weight decay of one or several runs, and saves the picture.
+
+    A run without scheduled weight decay has its constant decay drawn if its `training_args.bin` is there and names an optimizer with
+    decoupled decay; the legend says so. Axes are logarithmic where values span more than a decade. No display is needed.
+
+    Args:
+        output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of its last
+            `checkpoint-N`; or a checkpoint; or a `trainer_state.json`. Naming a run twice draws it once.
+        output (path, *optional*, defaults to `swd_plot.png` in the first of `output_dirs`): image file; its suffix is its format.
+
+    Returns:
+        `Path`: the file written.
+
+    Raises:
+        FileNotFoundError: no `trainer_state.json` where it was looked for.
+        ImportError: matplotlib is not installed.
+        ValueError: no run, a file that is no trainer state, a log without any of the series, or an unknown image format.
+    """
+    output_dirs = [Path(path) for path in output_dirs]
+    if not output_dirs:
+        raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
+    folders = {_find_state(path): (path if path.is_dir() else path.parent).resolve() for path in output_dirs}
+    runs = [_read(state) for state in folders]
+    for run, name in zip(runs, _short_names(list(folders.values())), strict=True):
+        run.name = name
+    first = output_dirs[0]
+    target = (first if first.is_dir() else first.parent) / "swd_plot.png" if output is None else Path(output)
+    if not target.suffix:
+        raise ValueError(
+            f"output={str(target)!r}: expected a file name with the suffix of an image format, such as .png or .pdf"
+        )
+    figure = _draw(runs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=200)
+    return target
+
+
+# Reading
+
+
+def _find_state(path: Path) -> Path:
+    if path.is_file():
+        return path.resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {_STATE}"
+        )
+    checkpoints = [
+        (int(match[1]), folder)
+        for folder in path.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+    ]
+    for folder in (path, *(folder for _, folder in sorted(checkpoints, reverse=True))):
+        if (folder / _STATE).is_file():
+            return (folder / _STATE).resolve()
+    raise FileNotFoundError(
+        f"{path}: found neither {_STATE} nor checkpoint-N/{_STATE}. A Trainer writes it with each checkpoint (save_strategy) and "
+        "in trainer.save_state()."
+    )
+
+
+def _read(path: Path) -> _Run:
+    try:
+        state = json.loads(path.read_bytes())
+        log = [entry for entry in state["log_history"] if isinstance(entry["step"], (int, float))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a trainer state in JSON with log_history and steps in it ({error!r})") from None
+    folders = (path.parent, path.parent.parent) if path.parent.name.startswith("checkpoint-") else (path.parent,)
+    run = _Run(path, log, _constant_decay(folders))
+    if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
+        raise ValueError(
+            f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train with "
+            "logging_steps smaller than the number of optimizer steps (the Trainer's default is 500)"
+        )
+    return run
+
+
+class _Unknown(dict):
+    """Stands for every object in a pickle: arguments, attributes and items are kept, and nothing is imported or called."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+    def add(self, item: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        return type(name, (_Unknown,), {})
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def _constant_decay(folders: Sequence[Path]) -> float | None:
+    """
+    `weight_decay` in `training_args.bin`, if the optimizer named there decouples it from the gradient and keeps it constant.
+
+    Read with stand-ins instead of the classes, which needs no transformers and runs no code of a file that may come from others.
+    """
+    for folder in folders:
+        try:
+            with zipfile.ZipFile(folder / "training_args.bin") as archive:
+                member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                with archive.open(member) as file:
+                    arguments = _Unpickler(file).load()
+            optim = arguments["optim"].args[-1].lower()  # a member of an Enum: pickled by value or by name
+            if "adamw" in optim or "lion" in optim:
+                return float(arguments["weight_decay"])
+        except Exception:  # absent, damaged, or of another format: then it is not known
+            continue
+    return None
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+
+    def name(folder: Path) -> str:
+        for count in range(1, len(folder.parts) + 1):
+            if sum(other.parts[-count:] == folder.parts[-count:] for other in folders) == 1:
+                break
+        return os.path.join(*folder.parts[-count:])
+
+    return [name(folder) for folder in folders]
+
+
+# Drawing
+
+
+def _draw(runs: Sequence[_Run]) -> Figure:
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as error:
+        raise ImportError(f'plotting needs matplotlib: pip install "hf-swd[plot]" ({error})') from None
+
+    labels = [_label(run) for run in runs]
+    columns = max(1, min(len(runs), _LEGEND_CHARACTERS // (max(map(len, labels)) + 9)))
+    height = 3.3 + 0.19 * math.ceil(len(runs) / columns)
+    with rc_context({"font.size": 9, "pdf.fonttype": 42, "svg.fonttype": "none", "axes.axisbelow": True}):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        for axes, (key, (title, unit)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
+            _draw_panel(axes, runs, key)
+            axes.set_title(title)
+            axes.set_ylabel(unit)
+        handles = [Line2D([], [], **_style(index)) for index in range(len(runs))]
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2, frameon=False)
+        figure.get_layout_engine().set(wspace=0.05)
+    return figure
+
+
+def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    values: list[float] = []
+    for index, run in enumerate(runs):
+        points = run.drawn(key)
+        marker = _MARKERS[index % len(_MARKERS)]
+        if points:
+            few = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
+            axes.plot(*zip(*points, strict=True), **_style(index), **few, label=run.name)
+        evaluations = run.logged("eval_loss") if key == "loss" else []
+        if evaluations:
+            style = {**_style(index), "marker": marker, **_EVALUATION}
+            axes.plot(*zip(*evaluations, strict=True), **style, label=f"{run.name} (evaluation)")
+        values += [value for _, value in points + evaluations]
+    if key == "loss" and any(run.logged("eval_loss") for run in runs):
+        lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
+        axes.legend(lines, ["training", "evaluation"], frameon=False)
+    _set_scale(axes, values)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not values:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.4")
+        axes.set(xticks=[], yticks=[])
+
+
+def _set_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic for more than a decade; zeros, which no logarithm shows, get a linear piece below the smallest positive value."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = [value for value in values if math.isfinite(value)]
+    positive = [value for value in values if value > 0]
+    if not positive or min(values) < 0 or max(positive) < 10 * min(positive):
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+        steps = (1, 2, 5) if max(positive) < 300 * min(positive) else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_yscale("symlog", linthresh=min(positive))
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
+
+
+def _label(run: _Run) -> str:
+    notes = [
+        f"no {what} logged"
+        for key, what in (("loss", "training loss"), ("grad_norm", "gradient norm"))
+        if not run.logged(key)
+    ]
+    if not run.logged("swd/weight_decay"):
+        known = run.constant_decay is not None
+        notes.append(
+            f"constant weight_decay={run.constant_decay:g} of its arguments" if known else "weight decay not known"
+        )
+    label = f"{run.name} ({', '.join(notes)})" if notes else run.name
+    if len(label) > _LEGEND_CHARACTERS:
+        half = _LEGEND_CHARACTERS // 2
+        label = f"{label[:half]}…{label[-half:]}"
+    # A dollar would begin a formula, and matplotlib leaves out labels that begin with an underscore.
+    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))

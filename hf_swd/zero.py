@@ -1,0 +1,184 @@
+"""Binding to DeepSpeed ZeRO: the only module with names of DeepSpeed's inside.
+
+ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and computes the norm of the
+whole gradient beforehand. The schedule advances at the first of these inner steps, from that norm, and writes the decay at each.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .schedule import DecaySchedule, schedule_of
+
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+__all__ = ["ZeroEngine", "bind_zero", "find_zero_optimizer"]
+
+# Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
+_MODEL_PARAMETERS = {
+    "DeepSpeedZeroOptimizer": "bit16_groups",
+    "DeepSpeedZeroOptimizer_Stage3": "fp16_groups",
+    "BF16_Optimizer": "bf16_groups",
+}
+
+
+def find_zero_optimizer(optimizer: Any) -> Any | None:
+    """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine or a chain of `.optimizer`); `None` without ZeRO."""
+    import sys
+
+    base = sys.modules.get("deepspeed.runtime.base_optimizer")
+    while base is not None and optimizer is not None:
+        if isinstance(optimizer, base.ZeROOptimizer):
+            return optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None
+
+
+class ZeroEngine:
+    """
+    The norm of the whole gradient as ZeRO 1, 2, 3 and `BF16_Optimizer` know it; an [`Engine`] of the schedule.
+
+    Args:
+        zero_optimizer: DeepSpeed's wrapper around the optimizer (`engine.optimizer`).
+
+    Raises:
+        RuntimeError: the configuration leaves the schedule without the norm of the whole model, or this version of DeepSpeed lacks
+            what is read here.
+    """
+
+    def __init__(self, zero_optimizer: Any) -> None:
+        self._zero = zero_optimizer
+        kind = next((c.__name__ for c in type(zero_optimizer).__mro__ if c.__name__ in _MODEL_PARAMETERS), None)
+        groups = getattr(zero_optimizer, _MODEL_PARAMETERS.get(kind, ""), None)
+        version = importlib.metadata.version("deepspeed")
+        if groups is None or not hasattr(zero_optimizer, "clip_grad"):
+            raise RuntimeError(
+                f"{type(zero_optimizer).__name__} of deepspeed {version} is not known to hf_swd, or lacks "
+                f"{_MODEL_PARAMETERS.get(kind, 'the groups of parameters')!r} or 'clip_grad': use a version that docs/distributed.md lists"
+            )
+        _refuse(zero_optimizer)
+        self.num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
+        self._in_new_step = False
+        inner_step = zero_optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._in_new_step = True
+            return inner_step(*args, **kwargs)
+
+        zero_optimizer.step = step
+
+    def begins_step(self) -> bool:
+        begins, self._in_new_step = self._in_new_step, False
+        return begins
+
+    def squared_norm(self) -> Tensor:
+        norm = getattr(self._zero, "_global_grad_norm", None)
+        if norm is None:
+            raise RuntimeError(
+                "DeepSpeed has not computed the norm of the gradient, which scheduled weight decay needs: leave "
+                "zero_optimization.compute_grad_norm at true in the DeepSpeed config"
+            )
+        device = next((p.device for group in self._base.param_groups for p in group["params"]), torch.device("cpu"))
+        norm = torch.as_tensor(norm, dtype=torch.float64).to(device)
+        norm = torch.where(norm < 0, math.nan, norm)  # DeepSpeed's sign for infinite or NaN
+        if self._zero.clip_grad > 0:
+            norm = norm / ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1)
+        return norm.square()
+
+    def second_moment(self) -> tuple[Tensor, float]:
+        import torch.distributed as dist
+
+        states = [state for state in self._base.state.values() if isinstance(state.get("exp_avg_sq"), Tensor)]
+        local = [sum(float(s["exp_avg_sq"].sum(dtype=torch.float64)) for s in states)]
+        local.append(max((float(s["step"]) for s in states), default=0.0))
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, local)
+        return torch.tensor(math.fsum(total for total, _ in ranks), dtype=torch.float64), max(
+            step for _, step in ranks
+        )
+
+    @property
+    def _base(self) -> Optimizer:
+        return self._zero.optimizer
+
+
+def bind_zero(zero_optimizer: Any) -> DecaySchedule:
+    """
+    Bind the schedule of the optimizer inside `zero_optimizer` to the engine; a second time does nothing.
+
+    accelerate replaces the optimizer under ZeRO-Offload by DeepSpeed's CPU Adam on the same parameter groups; these still say that they
+    are scheduled, and DeepSpeed's Adam gets the schedule by a step hook.
+
+    Raises:
+        RuntimeError: see [`ZeroEngine`]; or the optimizer inside has no schedule, or does not decouple its decay.
+    """
+    base = zero_optimizer.optimizer
+    schedule = schedule_of(base)
+    if schedule is None:
+        if not any("initial_weight_decay" in group for group in base.param_groups):
+            raise RuntimeError(
+                f"{type(base).__name__} has no weight decay schedule: build the optimizer with hf_swd.AdamS"
+            )
+        if not getattr(base, "adam_w_mode", False):
+            raise RuntimeError(
+                f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given adam_w_mode=True"
+            )
+        schedule = DecaySchedule(base)
+        schedule.host_decay = True
+        base.register_step_pre_hook(lambda *_: schedule.update() and None)
+    if not isinstance(schedule.engine, ZeroEngine):
+        schedule.bind(ZeroEngine(zero_optimizer))
+    return schedule
+
+
+def _refuse_replacement(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """DeepSpeed's own Adam on the parameter groups of an AdamS that accelerate has dropped, before anyone attached the schedule."""
+    if not type(optimizer).__module__.startswith("deepspeed.") or schedule_of(optimizer) is not None:
+        return
+    grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
+    if any(grad is not None and grad.any() for grad in grads):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has replaced AdamS (ZeRO-Offload does that), and nothing schedules its weight decay: call "
+            "hf_swd.attach(optimizer) once, with what accelerator.prepare returned; a Trainer does it by itself after `import hf_swd`"
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_replacement)
+
+
+def _refuse(zero_optimizer: Any) -> None:
+    """What cannot be made right stops here, before the first step."""
+    betas = {tuple(map(float, group["betas"])) for group in zero_optimizer.optimizer.param_groups if "betas" in group}
+    reasons = {
+        "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same": len(betas)
+        > 1,
+        "expert-parallel parameters, whose norm is another on each rank: use FSDP2 or a dense model": getattr(
+            zero_optimizer, "has_moe_layers", False
+        ),
+        "zero_optimization.compute_grad_norm=false: leave it at true": getattr(
+            zero_optimizer, "compute_grad_norm", True
+        )
+        is False,
+        "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out": bool(
+            getattr(zero_optimizer, "zenflow", False)
+        ),
+        "offload_optimizer.ratio below 1, which adds a second optimizer: set it to 1": getattr(
+            zero_optimizer, "backup_optimizer", None
+        )
+        is not None,
+        "AMSGrad, which needs every single gradient: set amsgrad=False": any(
+            group.get("amsgrad") for group in zero_optimizer.optimizer.param_groups
+        ),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise RuntimeError("scheduled weight decay cannot run with " + "; nor with ".join(found))

@@ -1,0 +1,503 @@
+"""Scheduled weight decay in the stock Trainer and in SWDTrainer: logs, warnings, clipping, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
+from hf_utils import arguments, sentences, tiny_bert
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+import hf_swd
+from hf_swd import AdamS, ScheduledWeightDecay, SWDCallback, SWDTrainer, create_adams
+
+
+DECAY, RMS = "swd/weight_decay", "swd/grad_rms"
+both_trainers = pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])
+
+
+def train(output_dir, trainer_class=Trainer, *, model=None, resume=None, trainer_kwargs=None, **changes):
+    args = arguments(output_dir, **changes)
+    trainer = trainer_class(model or tiny_bert(), args, train_dataset=sentences(), **(trainer_kwargs or {}))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def training_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def weights(trainer):
+    return flat(trainer.model)
+
+
+def distance(actual, expected):
+    """Difference of two trainings of `tiny_bert()`, in units of the distance that the second has travelled."""
+    return (weights(actual) - weights(expected)).norm() / (weights(expected) - flat(tiny_bert())).norm()
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "hf_swd.trainer"]
+
+
+# Logs
+
+
+@both_trainers
+def test_every_training_log_reports_the_schedule(tmp_path, capsys, trainer_class):
+    trainer = train(
+        tmp_path,
+        trainer_class,
+        trainer_kwargs={"eval_dataset": sentences(16)},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=6,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
+        optim_args=None,
+        weight_decay=5e-4,
+    )
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    history = trainer.state.log_history
+    assert state["log_history"] == history[: len(state["log_history"])]
+    logs = training_logs(trainer)
+    assert [entry["step"] for entry in logs] == [2, 4, 6]
+    for entry in logs:
+        assert {"loss", "grad_norm", "learning_rate", "epoch", DECAY, RMS} <= entry.keys()
+        assert all(type(entry[key]) is float and math.isfinite(entry[key]) for key in (DECAY, RMS, "loss"))
+        assert entry[DECAY] == pytest.approx(5e-4 / entry[RMS], rel=1e-9)
+    for entry in history:
+        assert ("loss" in entry) == (DECAY in entry) == (RMS in entry)
+    assert capsys.readouterr().out.count(f"'{DECAY}'") == 3
+
+    moments = [state["exp_avg_sq"] for state in trainer.optimizer.state.values()]
+    mean = sum(m.double().sum() for m in moments) / sum(m.numel() for m in moments) / (1 - 0.999**6)
+    assert logs[-1][RMS] == pytest.approx(mean.sqrt().item(), rel=1e-5)
+
+
+def test_progress_bar_shows_the_schedule(tmp_path, capsys):
+    train(tmp_path, disable_tqdm=False, max_steps=2)
+    assert capsys.readouterr().out.count(DECAY) == 2
+
+
+@pytest.mark.parametrize(
+    "logging", [{"logging_steps": 4, "logging_first_step": True}, {"logging_strategy": "epoch", "max_steps": 16}]
+)
+def test_other_logging_strategies(tmp_path, logging):
+    trainer = train(tmp_path, **logging)
+    assert len(training_logs(trainer)) == 2
+    assert all(DECAY in entry for entry in training_logs(trainer))
+
+
+def test_tensorboard_gets_both_scalars_from_the_stock_trainer(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = train(tmp_path, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    for key in (DECAY, RMS):
+        scalars = events.Scalars(f"train/{key}")
+        assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [scalar.value for scalar in scalars] == pytest.approx([entry[key] for entry in training_logs(trainer)])
+
+
+def test_second_callback_changes_nothing(tmp_path, caplog):
+    plain = train(tmp_path, weight_decay=0.0)
+    once = messages(caplog)
+    doubled = train(tmp_path, weight_decay=0.0, trainer_kwargs={"callbacks": [SWDCallback()]})
+    assert len(once) == 1 and messages(caplog) == 2 * once
+    keys = {"loss", "grad_norm", "learning_rate", "epoch", "step", DECAY, RMS}
+    assert training_logs(doubled) == training_logs(plain) and training_logs(plain)[0].keys() == keys
+
+
+def test_callback_of_the_user_without_registration(tmp_path):
+    """The default callback taken away, and the schedule on another optimizer than AdamS."""
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4)
+    schedule = ScheduledWeightDecay(optimizer)
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, scheduler))
+    trainer.remove_callback(SWDCallback)
+    trainer.add_callback(SWDCallback())
+    trainer.train()
+    assert schedule.step_count == 6
+    for entry in training_logs(trainer):
+        assert entry[DECAY] == pytest.approx(5e-4 / entry[RMS], rel=1e-9)
+
+
+@both_trainers
+def test_without_a_schedule_nothing_is_added(tmp_path, caplog, trainer_class):
+    trainer = train(tmp_path, trainer_class, optim="adamw_torch", optim_args=None, weight_decay=0.0)
+    assert training_logs(trainer)[0].keys() == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert messages(caplog) == []
+
+
+# Ways to build the optimizer
+
+
+def test_optimizer_class_or_instance_given_to_the_trainer(tmp_path):
+    kwargs = {"lr": 1e-3, "reference_steps": 3}
+    named = train(tmp_path)
+    by_class = train(
+        tmp_path, optim="adamw_torch", optim_args=None, trainer_kwargs={"optimizer_cls_and_kwargs": (AdamS, kwargs)}
+    )
+    model = tiny_bert()
+    optimizer = create_adams(model, weight_decay=0.01, **kwargs)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6)
+    by_instance = train(
+        tmp_path,
+        model=model,
+        optim="adamw_torch",
+        optim_args=None,
+        trainer_kwargs={"optimizers": (optimizer, scheduler)},
+    )
+    assert training_logs(by_class) == training_logs(named)
+    for ours, theirs in zip(training_logs(by_instance), training_logs(named), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_seq2seq_trainer(tmp_path):
+    trainer = train(tmp_path, Seq2SeqTrainer, cls=Seq2SeqTrainingArguments, max_steps=2)
+    assert type(trainer.optimizer.optimizer) is AdamS
+    assert all(DECAY in entry for entry in training_logs(trainer))
+
+
+def test_trl_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "weight", "decay", "follows", "the", "gradient"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=6, n_positions=16, n_embd=16, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    )
+    dataset = Dataset.from_dict(
+        {"text": ["weight decay follows the gradient", "the gradient follows weight decay"] * 4}
+    )
+    args = arguments(tmp_path, trl.SFTConfig, max_steps=2, max_length=16, bf16=False)
+    trainer = trl.SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is AdamS and trainer.optimizer.param_groups[0]["reference_steps"] == 3
+    assert [entry["step"] for entry in training_logs(trainer) if entry[RMS] > 0] == [1, 2]
+
+
+# Clipping with the norm of the schedule
+
+
+class CountNorms(TorchDispatchMode):
+    """Counts the elements that go into norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (
+            torch.ops.aten._foreach_norm,
+            torch.ops.aten.linalg_vector_norm,
+            torch.ops.aten.dot,
+        ):
+            tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.elements += sum(tensor.numel() for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def test_swd_trainer_overrides_what_this_version_of_transformers_calls():
+    for name in ("_clip_grad_norm", "_get_grad_norm"):
+        assert callable(getattr(Trainer, name)), (
+            f"transformers no longer has Trainer.{name}: SWDTrainer reads gradients twice"
+        )
+
+
+@pytest.mark.parametrize(
+    ("max_grad_norm", "accumulation"),
+    [
+        pytest.param(0.1, 2, id="all-clipped"),
+        pytest.param(0.4, 1, id="some-clipped"),
+        pytest.param(0.0, 2, id="not-clipped"),
+    ],
+)
+def test_swd_trainer_trains_like_the_trainer_and_reads_gradients_once(tmp_path, max_grad_norm, accumulation):
+    settings = {"max_grad_norm": max_grad_norm, "gradient_accumulation_steps": accumulation}
+    settings |= {"max_steps": 8, "learning_rate": 3e-3, "weight_decay": 2.0}
+    runs, reads = [], []
+    for trainer_class in (Trainer, SWDTrainer):
+        with CountNorms() as counter:
+            runs.append(train(tmp_path, trainer_class, **settings))
+        reads.append(counter.elements / 8 / sum(p.numel() for p in runs[-1].model.parameters()))
+    stock, ours = runs
+    assert 2.0 <= reads[0] < 2.02 and 1.0 <= reads[1] < 1.02
+    assert distance(ours, stock) < 1e-5
+    for mine, theirs in zip(training_logs(ours), training_logs(stock), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+    clipped = sum(entry["grad_norm"] > max_grad_norm > 0 for entry in training_logs(ours))
+    assert ours.optimizer.optimizer.schedule.clip_statistics() == (clipped, 8)
+    assert {0.1: clipped == 8, 0.4: 0 < clipped < 8, 0.0: clipped == 0}[max_grad_norm]
+    assert stock.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
+
+
+def test_swd_trainer_clips_by_itself_when_the_optimizer_has_only_part_of_the_model(tmp_path):
+    def run(trainer_class):
+        model = tiny_bert()
+        optimizer = AdamS(model.bert.encoder.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        return train(
+            tmp_path,
+            trainer_class,
+            model=model,
+            max_grad_norm=0.1,
+            trainer_kwargs={"optimizers": (optimizer, scheduler)},
+        )
+
+    stock, ours = run(Trainer), run(SWDTrainer)
+    assert torch.equal(weights(ours), weights(stock))
+    assert ours.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
+
+
+def test_swd_trainer_with_frozen_parameters(tmp_path):
+    def run(trainer_class):
+        model = tiny_bert()
+        model.bert.embeddings.requires_grad_(False)
+        return train(tmp_path, trainer_class, model=model, max_grad_norm=0.1)
+
+    stock, ours = run(Trainer), run(SWDTrainer)
+    assert distance(ours, stock) < 1e-5
+    assert ours.optimizer.optimizer.schedule.clip_statistics()[1] == 6
+
+
+def with_grad_scaler(trainer_class):
+    """fp16 training as accelerate arranges it, which refuses to do so on a CPU: float32 arithmetic, but a real GradScaler."""
+
+    class WithGradScaler(trainer_class):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.state._mixed_precision = "fp16"
+            self.accelerator.native_amp = True
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+
+        def compute_loss(self, *args, **kwargs):
+            return 16 * super().compute_loss(*args, **kwargs)
+
+    return WithGradScaler
+
+
+def test_swd_trainer_unscales_before_it_clips(tmp_path):
+    try:
+        stock, ours = (
+            train(tmp_path, with_grad_scaler(cls), max_grad_norm=0.1, max_steps=12) for cls in (Trainer, SWDTrainer)
+        )
+    finally:
+        AcceleratorState._reset_state(True)
+    assert stock.accelerator.scaler.get_scale() < 2.0**127  # the first steps overflowed and were skipped
+    schedule = ours.optimizer.optimizer.schedule
+    assert schedule.step_count == stock.optimizer.optimizer.schedule.step_count < 12
+    assert schedule.clip_statistics()[1] == 12
+    assert torch.isfinite(weights(ours)).all()
+    assert distance(ours, stock) < 1e-5
+
+
+@pytest.mark.slow
+def test_swd_trainer_with_two_processes(tmp_path):
+    """DDP on CPU: as the stock Trainer, with the clipping norm shared."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from hf_utils import arguments, sentences, tiny_bert\n"
+        "from hf_swd import SWDTrainer\n"
+        "from transformers import Trainer\n"
+        "result = []\n"
+        "for cls in (Trainer, SWDTrainer):\n"
+        "    args = arguments(sys.argv[1], max_grad_norm=0.1, ddp_backend='gloo', per_device_train_batch_size=4)\n"
+        "    trainer = cls(tiny_bert(), args, train_dataset=sentences())\n"
+        "    trainer.train()\n"
+        "    assert trainer.accelerator.distributed_type == 'MULTI_CPU', trainer.accelerator.distributed_type\n"
+        "    assert type(trainer.model_wrapped).__name__ == 'DistributedDataParallel'\n"
+        "    seen = trainer.optimizer.optimizer.schedule.clip_statistics()[1]\n"
+        "    assert seen == (6 if cls is SWDTrainer else 0), seen\n"
+        "    result.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))\n"
+        "torch.save(result, f'{sys.argv[1]}/{trainer.args.process_index}.pt')\n"
+    )
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(hf_swd.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (stock, ours), other_rank = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(stock, other_rank[0]) and torch.equal(ours, other_rank[1])
+    assert (ours - stock).norm() / (stock - flat(tiny_bert())).norm() < 1e-5
+
+
+# Checkpoints
+
+
+@both_trainers
+@pytest.mark.parametrize(
+    "optim_args", [None, "reference_steps=3", "reference_steps=9"], ids=["paper", "calibrated", "calibrates-later"]
+)
+def test_resume_is_the_uninterrupted_run(tmp_path, trainer_class, optim_args):
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-2}
+    settings |= {"optim_args": optim_args, "weight_decay": 0.5 if optim_args else 5e-3, "max_grad_norm": 0.3}
+    whole = train(tmp_path / "whole", trainer_class, **settings)
+    resumed = train(
+        tmp_path / "resumed",
+        trainer_class,
+        model=tiny_bert(seed=3),
+        resume=str(tmp_path / "whole" / "checkpoint-6"),
+        **settings,
+    )
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-6, atol=1e-9)
+    assert len(training_logs(resumed)) == 12
+    for mine, theirs in zip(training_logs(resumed), training_logs(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+
+
+def test_run_goes_over_from_adamw_at_a_checkpoint(tmp_path):
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "optim_args": None, "weight_decay": 5e-4}
+    before = train(tmp_path / "adamw", optim="adamw_torch", **settings)
+    checkpoint = tmp_path / "adamw" / "checkpoint-6"
+    after = train(tmp_path / "adams", optim="adams", model=tiny_bert(seed=3), resume=str(checkpoint), **settings)
+    new = training_logs(after)[6:]
+    assert [DECAY in entry for entry in training_logs(after)] == 6 * [False] + 6 * [True]
+    assert new[0]["loss"] == pytest.approx(training_logs(before)[6]["loss"], rel=1e-6)
+    assert all(entry[DECAY] == pytest.approx(5e-4 / entry[RMS], rel=1e-9) for entry in new)
+
+    # The second moment of step 7 is made of AdamW's moment of step 6 and one more gradient.
+    moments = torch.load(checkpoint / "optimizer.pt")["state"].values()
+    elements = sum(state["exp_avg_sq"].numel() for state in moments)
+    old = sum(state["exp_avg_sq"].double().sum().item() for state in moments)
+    norm = min(new[0]["grad_norm"], 1.0)
+    expected = math.sqrt((0.999 * old + 0.001 * norm**2) / elements / (1 - 0.999**7))
+    assert new[0][RMS] == pytest.approx(expected, rel=1e-5)
+
+
+# Warnings
+
+
+@both_trainers
+def test_reasonable_settings_warn_of_nothing(tmp_path, caplog, trainer_class):
+    train(tmp_path, trainer_class, max_steps=25, max_grad_norm=10.0)
+    assert messages(caplog) == []
+
+
+@both_trainers
+def test_no_decay_warns_that_this_is_adam(tmp_path, caplog, trainer_class):
+    trainer = train(tmp_path, trainer_class, weight_decay=0.0)
+    (message,) = messages(caplog)
+    assert (
+        "weight_decay=0" in message
+        and "plain Adam" in message
+        and "5e-4" in message
+        and "reference_steps=100" in message
+    )
+    adam = train(tmp_path, optim="adamw_torch_fused", optim_args=None, weight_decay=0.0)
+    assert distance(trainer, adam) < 1e-6
+
+
+def test_large_decay_warns_with_numbers(tmp_path, caplog):
+    trainer = train(tmp_path, optim_args=None, weight_decay=0.1, logging_steps=1, lr_scheduler_type="constant")
+    (message,) = messages(caplog)
+    first = training_logs(trainer)[0]
+    percent = 100 * 1e-3 * first[DECAY]
+    assert percent > 1
+    assert (
+        f"takes {percent:.3g} % of the weights at step 1: learning rate 0.001 * effective decay {first[DECAY]:.3g}"
+        in message
+    )
+    assert f"weight_decay=0.1 at a gradient rms of {first[RMS]:.3g}" in message and "reference_steps=100" in message
+
+
+def test_large_decay_is_noticed_without_logs_and_with_a_reference(tmp_path, caplog):
+    train(tmp_path, weight_decay=20.0, logging_strategy="no", max_steps=8, warmup_steps=4)
+    (message,) = messages(caplog)
+    assert "at step 4" in message and "10 would take 1 %" not in message and "would take 1 %" in message
+    assert "reference_steps=100" not in message
+
+
+@pytest.mark.parametrize("logging_steps", [5, 500])
+def test_clipping_of_nearly_all_steps_is_counted_exactly_by_swd_trainer(tmp_path, caplog, logging_steps):
+    trainer = train(
+        tmp_path,
+        SWDTrainer,
+        optim_args=None,
+        weight_decay=5e-4,
+        max_steps=30,
+        logging_steps=logging_steps,
+        max_grad_norm=0.05,
+    )
+    (message,) = messages(caplog)
+    clipped, seen = trainer.optimizer.optimizer.schedule.clip_statistics()
+    assert (clipped, seen) == (30, 30)
+    known = 20 if logging_steps == 5 else 30
+    assert f"{known} of {known} steps were clipped to max_grad_norm=0.05" in message
+    elements = sum(p.numel() for p in trainer.model.parameters())
+    constant = 5e-4 * math.sqrt(elements) / 0.05
+    assert f"about {constant:.3g} (weight_decay=0.0005 * sqrt({elements}) / 0.05)" in message
+    assert f"AdamW with weight_decay={constant:.3g}" in message and "raise max_grad_norm" in message
+    if logging_steps == 5:
+        assert training_logs(trainer)[-1][DECAY] == pytest.approx(constant, rel=1e-3)
+
+
+@pytest.mark.parametrize(("logging_steps", "counted"), [(1, "20 of 20"), (10, "3 of 3")])
+def test_clipping_is_judged_by_the_logs_of_the_stock_trainer(tmp_path, caplog, logging_steps, counted):
+    train(tmp_path, Trainer, max_steps=30, logging_steps=logging_steps, max_grad_norm=0.05)
+    (message,) = messages(caplog)
+    assert f"{counted} logged steps were clipped to max_grad_norm=0.05" in message
+    assert "AdamW with weight_decay=0.01" in message  # calibrated at step 3, and constant ever since
+
+
+@both_trainers
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 19}, {"max_grad_norm": 0.0}, {"logging_steps": 15, "max_grad_norm": 10.0}]
+)
+def test_too_few_clipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, changes):
+    train(tmp_path, trainer_class, **{"max_steps": 30, "max_grad_norm": 0.05, **changes})
+    assert messages(caplog) == []
+
+
+def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog):
+    class OtherProcess(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_world_process_zero = False
+
+    trainer = train(tmp_path, SWDTrainer, max_steps=20, logging_steps=10, max_grad_norm=0.05)
+    assert len(messages(caplog)) == 1
+    trainer.args.max_steps = 40
+    trainer.train()
+    assert len(messages(caplog)) == 2
+    assert "20 of 20 steps" in messages(caplog)[1]
+
+    args = arguments(tmp_path, weight_decay=0.0, max_steps=2)
+    trainer = Trainer(tiny_bert(), args, train_dataset=sentences())
+    trainer.callback_handler.callbacks.insert(0, OtherProcess())
+    trainer.train()
+    assert len(messages(caplog)) == 2
