@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_differentiable
+from torch.optim.optimizer import (
+    _default_to_fused_or_foreach,
+    _device_dtype_check_for_fused,
+    _use_grad_for_differentiable,
+)
 
 from .grad_norm import by_kind, local_part
 from .schedule import DecaySchedule, check_reference_steps
@@ -143,6 +147,11 @@ class AdamS(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state:  # torch looks too late: the schedule would have moved
+            for p in (
+                p for group in self.param_groups if group["fused"] for p in group["params"] if p.grad is not None
+            ):
+                _device_dtype_check_for_fused(p)
         for group, decay in zip(self.param_groups, self._decay_schedule.update(), strict=True):
             self._step_group(group, decay)
         return loss
@@ -152,14 +161,12 @@ class AdamS(torch.optim.AdamW):
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
             fused, _ = _default_to_fused_or_foreach(with_grad, group["differentiable"], use_fused=True)
-        if fused:
-            # The fused kernels walk through memory, and on CPU they do not look at strides.
-            local_grads = (local_part(p.grad) for p in group["params"] if p.grad is not None)
-            fused = all(map(_same_layout, with_grad, local_grads))
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group({**group, "fused": fused}, *lists)
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([local_part(t) for t in ts] for ts in lists)
         if fused:
+            # These kernels walk through memory, and on CPU they do not look at strides.
+            fused = all(map(_same_layout, params, grads, exp_avgs, exp_avg_sqs))
             # A loaded state may have `step` on the host.
             for i, p in enumerate(p for p in group["params"] if p.grad is not None):
                 if steps[i].device != params[i].device:
@@ -255,10 +262,12 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return [n for n, p in model.named_parameters() if id(p) not in norms and not _NO_DECAY.search(n.lower())]
 
 
-def _same_layout(p: Tensor, grad: Tensor) -> bool:
-    """Whether the elements of `p`, `grad` and the moments (which `torch.zeros_like` lays out) correspond in memory."""
-    dense = p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
-    return dense and p.stride() == grad.stride()
+def _same_layout(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    """Whether the elements of the four correspond in memory, in which there are no gaps."""
+    stride = p.stride()
+    if not stride == grad.stride() == exp_avg.stride() == exp_avg_sq.stride():
+        return False
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == stride
 
 
 _graph_capture_check = (

@@ -6,9 +6,11 @@ Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation lo
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-__all__ = ["ShardedSum", "accumulation_dtype", "by_kind", "local_part", "squared_norms", "sums"]
+__all__ = [
+    "ClippedGradients",
+    "ShardedSum",
+    "accumulation_dtype",
+    "by_kind",
+    "local_part",
+    "real_view",
+    "squared_norms",
+    "sums",
+    "without_pending_sums",
+]
 
 # A float32 accumulation over a row of 2^11 elements is right to 2.5e-7 even for values of bfloat16 precision (what autocast
 # leaves in float32 gradients), whose rounding errors all have one sign; longer rows are not. Rows are summed in float64.
@@ -43,15 +55,18 @@ def by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype],
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor (sums still pending over its mesh are carried out); any other tensor as it is."""
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return tensor
-    if any(placement.is_partial() for placement in placements):
-        from torch.distributed.tensor import Replicate
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
 
-        tensor = tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
-    return tensor.to_local()
+
+def without_pending_sums(tensor: Tensor) -> Tensor:
+    """A DTensor whose ranks still hold addends (a "partial" placement), summed; any other tensor as it is."""
+    placements = getattr(tensor, "placements", ())
+    if not any(placement.is_partial() for placement in placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -70,7 +85,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device
     dtype = accumulation_dtype(device)
-    tensors = [_real(local_part(t)) for t in tensors]
+    tensors = [real_view(local_part(t)) for t in tensors]
     if torch.is_grad_enabled():
         return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
@@ -95,7 +110,7 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device
     dtype = accumulation_dtype(device)
-    locals_ = [_real(local_part(t)) for t in tensors]
+    locals_ = [real_view(local_part(t)) for t in tensors]
     return torch.stack([t.sum(dtype=accumulation_dtype(t.device)).to(device, dtype) for t in locals_])
 
 
@@ -131,14 +146,39 @@ class ShardedSum:
     def __call__(self, values: Tensor, *, largest: bool = False) -> Tensor:
         """Sum (or maximum of non-negative numbers) of `values` of shape `(params, k)` over parameters and ranks: shape `(k,)`, the
         same bits on every rank."""
-        total = values.new_zeros(values.shape[1])
+        totals: dict[tuple[ProcessGroup, ...], Tensor] = {(): values.new_zeros(values.shape[1])}
         for groups, members in self._parts:
             part = values[members]
-            part = part.amax(0) if largest else part.sum(0)
-            for group in groups:
-                part = _all_reduce(part, group, largest)
-            total = torch.maximum(total, part) if largest else total + part
+            _add(totals, groups, part.amax(0) if largest else part.sum(0), largest)
+        # From the innermost mesh dimension outwards: what is sharded on two shares the second reduction with what is on one.
+        while groups := max(totals, key=len):
+            _add(totals, groups[:-1], _all_reduce(totals.pop(groups), groups[-1], largest), largest)
+        total = totals[()]
         return total if self._process_group is None else _all_reduce(total, self._process_group, largest)
+
+
+class ClippedGradients:
+    """The squared norms that clipping leaves behind, and whether given gradients are still the clipped ones; holds these weakly."""
+
+    def __init__(self, grads: Sequence[Tensor], squares: Tensor) -> None:
+        self._references = [weakref.ref(grad) for grad in grads]
+        self._versions = [local_part(grad)._version for grad in grads]
+        self._squares = squares
+        self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
+        self._probed = squared_norms([grads[self._probe]])
+
+    def are(self, grads: Sequence[Tensor]) -> bool:
+        """Whether these are the clipped gradients, unchanged since, but perhaps for a common factor."""
+        return len(grads) == len(self._references) and all(
+            reference() is grad and version == local_part(grad)._version
+            for reference, version, grad in zip(self._references, self._versions, grads, strict=True)
+        )
+
+    def squares_of(self, grads: Sequence[Tensor]) -> Tensor:
+        """Their squared norms, of shape `(len(grads),)`."""
+        # A GradScaler that unscales after clipping leaves no trace in the versions; one small gradient tells by what it divided.
+        ratio = squared_norms([grads[self._probe]]) / self._probed
+        return self._squares * torch.where(self._probed > 0, ratio, 1.0)
 
 
 def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
@@ -146,6 +186,12 @@ def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
     mesh = getattr(param, "device_mesh", None)
     sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1]
     return tuple(mesh.get_group(dim) for dim in sharded)
+
+
+def _add(totals: dict[Any, Tensor], key: Any, part: Tensor, largest: bool) -> None:
+    if key in totals:
+        part = torch.maximum(totals[key], part) if largest else totals[key] + part
+    totals[key] = part
 
 
 def _all_reduce(values: Tensor, group: ProcessGroup, largest: bool) -> Tensor:
@@ -159,7 +205,8 @@ def _all_reduce(values: Tensor, group: ProcessGroup, largest: bool) -> Tensor:
     return values.to(device)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real_view(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one of its real and imaginary parts; any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

@@ -54,7 +54,7 @@ class SecondMomentMean:
         reduce: Callable[[Tensor], Tensor],
         with_grad: Tensor | None = None,
         known_sums: dict[int, Tensor] | None = None,
-        skip_if_nothing: bool = False,
+        skip_if_nothing: bool | Tensor = False,
         skipped: Tensor | None = None,
         reference_steps: int = 0,
     ) -> None:
@@ -67,7 +67,7 @@ class SecondMomentMean:
             reduce (`Callable`): from the `(blocks, 2)` addends of the two sums of the mean to the sums over the model.
             with_grad (`Tensor`, bool, shape `(blocks,)`, *optional*): the blocks that have a gradient; by default all.
             known_sums (`dict[int, Tensor]`, *optional*): sums that are known and not to be computed by the recurrence.
-            skip_if_nothing (`bool`): leave everything as it is if no gradient has ever been non-zero.
+            skip_if_nothing (`bool` or 0-d bool `Tensor`): leave everything as it is if no gradient has ever been non-zero.
             skipped (`Tensor`, bool, 0-d, *optional*): leave everything as it is if true (an overflow), without asking the host.
             reference_steps (`int`): the step whose gradient rms becomes r; 0 for r = 1.
         """
@@ -85,8 +85,8 @@ class SecondMomentMean:
         old = [self.sums, self.steps, self.mean, self.num_elements, self.step]
 
         keep = num_elements == 0
-        if skip_if_nothing:
-            keep = keep | (mean == 0)
+        if skip_if_nothing is not False:
+            keep = keep | ((mean == 0) & skip_if_nothing)
         if skipped is not None:
             keep = keep | skipped
         new = [torch.where(keep, before, after) for before, after in zip(old, new, strict=True)]
@@ -102,10 +102,11 @@ class SecondMomentMean:
                 before.copy_(after)
 
     def factor(self, calibrated: bool) -> Tensor:
-        """What the user's decay is multiplied by, 0-d: 0 while no gradient has been non-zero; 1 while r is to come."""
+        """What the user's decay is multiplied by, 0-d: 1 before the first step and while r is to come; 0 if no gradient has ever been
+        non-zero."""
         rms = self.mean.sqrt()
         factor = torch.where(self.reference == 0, 1.0, self.reference / rms) if calibrated else 1 / rms
-        return torch.where(self.mean == 0, 0.0, factor)
+        return torch.where(self.mean == 0, (self.step == 0).to(factor), factor)
 
     def reconcile(self, beta2: Tensor, reduce: Callable[..., Tensor]) -> None:
         """After the blocks were rebuilt from an optimizer's moments: the known mean prevails over what they add up to.

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .grad_norm import ShardedSum, accumulation_dtype, by_kind, local_part, squared_norms, sums
+from . import group_keys
+from .grad_norm import (
+    ClippedGradients,
+    ShardedSum,
+    accumulation_dtype,
+    by_kind,
+    local_part,
+    squared_norms,
+    without_pending_sums,
+)
+from .moments import maximum_sums, moment_sums
 from .recurrence import SecondMomentMean
 
 
@@ -25,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DecaySchedule", "Engine", "check_reference_steps", "schedule_of"]
 
-# What the schedule keeps in every parameter group, so that every checkpoint format carries it (as plain numbers).
-SHARED_KEYS = ("schedule_step", "second_moment_mean", "num_elements", "reference_rms")
 # Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
 _LARGEST_DECAY = 1.0 - 2.0**-52
 
@@ -101,15 +109,17 @@ class DecaySchedule:
         self._shards_known = False
         self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         self._loaded: tuple[int, Tensor, Tensor] | None = None
-        self._clipped: tuple[list[weakref.ref], list[int], Tensor] | None = None
+        self._clipped: ClippedGradients | None = None
         self._clip_counts: tuple[Any, int] = (0, 0)
         self._warned_cap = False
         for group in optimizer.param_groups:
-            self._prepare_group(group, reference_steps)
+            group_keys.prepare(group, reference_steps)
         optimizer._decay_schedule = self
         self._handles = [
             optimizer.register_state_dict_pre_hook(lambda _: self.publish()),
-            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._complete_state_dict(state_dict)),
+            optimizer.register_load_state_dict_pre_hook(
+                lambda optimizer, state_dict: group_keys.complete_state_dict(optimizer.param_groups, state_dict)
+            ),
             optimizer.register_load_state_dict_post_hook(lambda _: self._read_shared()),
         ]
         self._read_shared()
@@ -136,7 +146,12 @@ class DecaySchedule:
 
     @property
     def reference_steps(self) -> int:
-        return self._group_value("reference_steps")
+        return group_keys.read(self._groups, "reference_steps")
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter groups as they are now: engines replace them."""
+        return self.optimizer.param_groups
 
     def clip_statistics(self) -> tuple[int, int]:
         """How many steps [`clip_grad_norm_`] has clipped, and how many it has seen. Makes the host wait."""
@@ -169,7 +184,7 @@ class DecaySchedule:
         addends = torch.zeros_like(self._mean.sums).index_copy(
             0, self._activity(active)[0], squares.to(self._mean.sums)
         )
-        norm = self._reduce(addends.unsqueeze(1)).squeeze(0).sqrt().float()
+        norm = self._reduce(addends.unsqueeze(1)).squeeze(0).sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         clipped, steps = self._clip_counts
         self._clip_counts = clipped + (factor < 1.0), steps + 1
@@ -178,12 +193,12 @@ class DecaySchedule:
         # Asking whether the factor is 1 would make the host wait for an accelerator.
         if isinstance(factor, Tensor) or factor != 1.0:
             locals_ = [local_part(grad) for grad in grads]
-            for (device, _), indices in by_kind(locals_).items():
-                scale = factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor
+            for (device, dtype), indices in by_kind(locals_).items():
+                scale = factor.to(device, dtype, non_blocking=True) if isinstance(factor, Tensor) else factor
                 torch._foreach_mul_([locals_[i] for i in indices], scale)
             squares = squares * factor**2
-        self._clipped = [weakref.ref(g) for g in grads], [g._version for g in grads], squares
-        return norm
+        self._clipped = ClippedGradients(grads, squares) if grads else None
+        return norm.float()
 
     def update(self) -> list[float | Tensor]:
         """
@@ -197,20 +212,24 @@ class DecaySchedule:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        groups = self.optimizer.param_groups
-        if self._group_value("schedule_step") != self._published_step:
+        groups = self._groups
+        begins = self.engine is None or self.engine.begins_step()
+        if begins and group_keys.read(groups, "schedule_step") != self._published_step:
             self._read_shared()  # an engine has loaded a checkpoint into the groups
-        self._adopt_assignments(groups)
+        for group in groups:
+            group_keys.prepare(group, self.reference_steps)
+            group_keys.adopt_assignment(group)
         if self.engine is not None:
-            if self.engine.begins_step():
+            if begins:
                 self._advance_engine(groups)
-        else:
-            params, grads, active = self._gradients()
-            if not (self._shards_known and self._follows(params)):
-                self._refuse_unknown_shards(params, grads)
-            self._follow(params)
-            if grads or not self._reduce.is_local:
-                self._advance(groups, grads, active)
+            return self._write(groups)
+        params, grads, active = self._gradients()
+        if not (self._shards_known and self._follows(params)):
+            self._refuse_unknown_shards(params, grads)
+        self._follow(params)
+        if not grads and self._reduce.is_local:
+            return [group["weight_decay"] for group in groups]
+        self._advance(groups, grads, active)
         return self._write(groups)
 
     def bind(self, engine: Engine) -> None:
@@ -221,46 +240,6 @@ class DecaySchedule:
         self.engine = engine
         self._stale = True
 
-    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """All parameters, the gradients that there are, and which of the parameters have one."""
-        params, grads, active = [], [], []
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise RuntimeError(
-                            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay needs "
-                            "dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
-                        )
-                    active.append(len(params))
-                    grads.append(p.grad)
-                params.append(p)
-        return params, grads, active
-
-    def _advance(self, groups: list[dict], grads: list[Tensor], active: list[int]) -> None:
-        squares = self._clipped_squares(grads)
-        if squares is None:
-            squares = squared_norms(grads)
-        squares = squares.to(self._mean.sums)
-        grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        if grad_scale is not None:
-            squares = squares / grad_scale.to(squares).square()
-        with_grad = None
-        if len(active) < len(self._params):
-            index, with_grad = self._activity(active)
-            squares = torch.zeros_like(self._mean.sums).index_copy(0, index, squares)
-        self._mean.advance(
-            squares,
-            self._beta2_vector(groups),
-            reduce=self._reduce,
-            with_grad=with_grad,
-            known_sums=self._amsgrad_sums(groups, grad_scale),
-            # The step with lr = 0 and zero gradients by which torch.distributed.checkpoint makes an optimizer allocate its state.
-            skip_if_nothing=all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in groups),
-            skipped=None if found_inf is None else found_inf.to(squares) > 0,
-            reference_steps=self.reference_steps,
-        )
-
     def set_process_group(self, process_group: ProcessGroup | None) -> None:
         """Name the ranks whose optimizers hold disjoint parts of the model."""
         self.process_group, self._stale = process_group, True
@@ -270,10 +249,53 @@ class DecaySchedule:
         if shards:
             self._shards, self._stale = shards, True
 
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """All parameters, the gradients that there are, and which of the parameters have one."""
+        params, grads, active = [], [], []
+        for group in self._groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError(
+                            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay needs "
+                            "dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
+                        )
+                    if hasattr(p.grad, "placements"):
+                        p.grad = without_pending_sums(p.grad)
+                    active.append(len(params))
+                    grads.append(p.grad)
+                params.append(p)
+        return params, grads, active
+
+    def _advance(self, groups: list[dict], grads: list[Tensor], active: list[int]) -> None:
+        clipped, self._clipped = self._clipped, None
+        reusable = clipped is not None and not torch.is_grad_enabled() and clipped.are(grads)
+        squares = clipped.squares_of(grads) if reusable else squared_norms(grads)
+        squares = squares.to(self._mean.sums)
+        grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if grad_scale is not None:
+            squares = squares / grad_scale.to(squares).square()
+        amsgrad = any(group.get("amsgrad") for group in groups)
+        with_grad = None
+        if len(active) < len(self._params):
+            index, with_grad = self._activity(active)
+            squares = torch.zeros_like(self._mean.sums).index_copy(0, index, squares)
+        self._mean.advance(
+            squares,
+            self._beta2_vector(groups),
+            reduce=self._reduce,
+            with_grad=with_grad,
+            known_sums=maximum_sums(self.optimizer, self._beta2s(groups), grad_scale) if amsgrad else None,
+            # The step with lr = 0 and zero gradients by which torch.distributed.checkpoint makes an optimizer allocate its state.
+            skip_if_nothing=_all_zero([group["lr"] for group in groups]),
+            skipped=None if found_inf is None else found_inf.to(squares) > 0,
+            reference_steps=self.reference_steps,
+        )
+
     def _advance_engine(self, groups: list[dict]) -> None:
         squares = self.engine.squared_norm().reshape(1)
         squares = squares.to(accumulation_dtype(squares.device))
-        beta2 = torch.as_tensor(self._beta2_of(groups[0]), dtype=squares.dtype, device=squares.device).reshape(1)
+        beta2 = torch.as_tensor(self._beta2s(groups)[0], dtype=squares.dtype, device=squares.device).reshape(1)
         if self._stale:
             block_sums, steps = torch.zeros_like(squares), torch.zeros_like(squares)
             if self._mean.step == 0:
@@ -304,8 +326,7 @@ class DecaySchedule:
             factor = factor.item()
         decays = [self._effective(group, factor) for group in groups]
         for group, decay in zip(groups, decays, strict=True):
-            shown = decay.item() if isinstance(decay, Tensor) and decay.requires_grad else decay
-            group["weight_decay"] = group["scheduled_weight_decay"] = shown
+            group_keys.write_decay(group, decay.item() if isinstance(decay, Tensor) and decay.requires_grad else decay)
         if self._mean.mean.device.type == "cpu":
             self.publish()
         return decays
@@ -334,29 +355,6 @@ class DecaySchedule:
             decay = _LARGEST_DECAY / lr
         return decay
 
-    def _clipped_squares(self, grads: list[Tensor]) -> Tensor | None:
-        """The squared norms that `clip_grad_norm_` left, if the gradients are still the ones that it clipped."""
-        clipped, self._clipped = self._clipped, None
-        if clipped is None or torch.is_grad_enabled():
-            return None
-        references, versions, squares = clipped
-        same = len(references) == len(grads) and all(
-            reference() is grad and version == grad._version
-            for reference, version, grad in zip(references, versions, grads, strict=True)
-        )
-        return squares if same else None
-
-    def _amsgrad_sums(self, groups: list[dict], grad_scale: Tensor | None) -> dict[int, Tensor]:
-        """AMSGrad divides by a maximum, whose sum obeys no recurrence: sum the maximum that this step will make."""
-        found, position = {}, 0
-        for group in groups:
-            for p in group["params"]:
-                if group.get("amsgrad") and p.grad is not None:
-                    grad = p.grad if grad_scale is None else p.grad / grad_scale
-                    found[position] = _next_maximum_sum(grad, self.optimizer.state.get(p, {}), self._beta2_of(group))
-                position += 1
-        return found
-
     # What is tracked
 
     def _follows(self, params: list[Tensor]) -> bool:
@@ -370,12 +368,14 @@ class DecaySchedule:
         device = params[0].device if params else torch.device("cpu")
         dtype = accumulation_dtype(device)
         known = {} if self._stale else {p: i for i, p in enumerate(self._params)}
-        block_sums, steps = torch.zeros(2, len(params), dtype=dtype, device=device)
+        block_sums, steps = (torch.zeros(len(params), dtype=dtype, device=device) for _ in range(2))
         for i, p in enumerate(params):
             if p in known:
                 block_sums[i], steps[i] = self._mean.sums[known[p]], self._mean.steps[known[p]]
         fresh = [i for i, p in enumerate(params) if p not in known]
-        self._fill_from_moments(params, fresh, block_sums, steps)
+        stepped, totals, step_counts = moment_sums(self.optimizer, [params[i] for i in fresh])
+        for index, total, step in zip(stepped, totals.to(block_sums), step_counts, strict=True):
+            block_sums[fresh[index]], steps[fresh[index]] = total, step
         sizes = (self._shards[p][1] if p in self._shards else local_part(p.detach()).numel() for p in params)
         counts = [size * (2 if p.is_complex() else 1) for size, p in zip(sizes, params, strict=True)]
         self._mean.set_blocks(block_sums, steps, torch.tensor(counts, dtype=dtype).to(device))
@@ -386,27 +386,13 @@ class DecaySchedule:
             self._reconcile()
         self._stale = False
 
-    def _fill_from_moments(self, params: list[Tensor], indices: list[int], block_sums: Tensor, steps: Tensor) -> None:
-        """S_p and t_p of parameters that the optimizer has stepped already, from its own state."""
-        amsgrad = {p for group in self.optimizer.param_groups if group.get("amsgrad") for p in group["params"]}
-        found, moments = [], []
-        for i in indices:
-            state = self.optimizer.state.get(params[i], {})
-            moment = state.get("max_exp_avg_sq" if params[i] in amsgrad else "exp_avg_sq")
-            if isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state:
-                found.append(i)
-                moments.append(moment.detach())
-                steps[i] = float(state["step"])
-        if found:
-            block_sums[found] = sums(moments).to(block_sums)
-
     def _reconcile(self) -> None:
         loaded, self._loaded = self._loaded, None
         if loaded is not None and loaded[0] == self.step_count and len(loaded[1]) == len(self._params):
             self._mean.sums.copy_(loaded[1])
             self._mean.steps.copy_(loaded[2])
         else:
-            self._mean.reconcile(self._beta2_vector(self.optimizer.param_groups), self._reduce)
+            self._mean.reconcile(self._beta2_vector(self._groups), self._reduce)
 
     def _activity(self, active: list[int]) -> tuple[Tensor, Tensor]:
         """Index and mask, on the device, of the parameters that have a gradient."""
@@ -418,34 +404,19 @@ class DecaySchedule:
             self._active = active, index.to(device, non_blocking=True), with_grad.to(device, non_blocking=True)
         return self._active[1:]
 
-    def _beta2_of(self, group: dict) -> float | Tensor:
-        return group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2
+    def _beta2s(self, groups: list[dict]) -> list[float | Tensor]:
+        return [group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2 for group in groups]
 
     def _beta2_vector(self, groups: list[dict]) -> Tensor:
-        values = [self._beta2_of(group) for group in groups]
+        values = self._beta2s(groups)
         if any(isinstance(value, Tensor) for value in values) or values != self._beta2_source:
-            sums_ = self._mean.sums
-            full = [
-                torch.as_tensor(value, dtype=sums_.dtype).to(sums_.device).expand(len(group["params"]))
+            like = self._mean.sums
+            per_group = [
+                torch.as_tensor(value, dtype=like.dtype).to(like.device).expand(len(group["params"]))
                 for value, group in zip(values, groups, strict=True)
             ]
-            self._beta2_source, self._beta2 = values, torch.cat(full)
+            self._beta2_source, self._beta2 = values, torch.cat(per_group)
         return self._beta2
-
-    def _adopt_assignments(self, groups: list[dict]) -> None:
-        """A value that someone has assigned to `group["weight_decay"]` since the last step is the user's new lambda."""
-        for group in groups:
-            if "scheduled_weight_decay" not in group:
-                self._prepare_group(group, self.reference_steps)
-            value, scheduled = group["weight_decay"], group["scheduled_weight_decay"]
-            if value is scheduled or (not isinstance(value, Tensor) and (value == scheduled or value != value)):
-                continue
-            value = float(value)
-            if not 0 <= value < math.inf:
-                raise ValueError(
-                    f"weight_decay={value} was assigned to a parameter group: expected a number of at least 0"
-                )
-            group["initial_weight_decay"] = group["weight_decay"] = group["scheduled_weight_decay"] = value
 
     # State
 
@@ -454,53 +425,25 @@ class DecaySchedule:
         """Write the schedule's state into the parameter groups as plain numbers, where checkpoints find it."""
         self._published_step = self.step_count
         scalars = (self._mean.mean, self._mean.num_elements, self._mean.reference)
-        values = (self.step_count, *(float(scalar.detach()) for scalar in scalars))
-        for group in self.optimizer.param_groups:
-            group.update(zip(SHARED_KEYS, values, strict=True))
-            for key in ("weight_decay", "scheduled_weight_decay"):
-                if isinstance(group.get(key), Tensor):
-                    group[key] = float(group[key])
-
-    def _prepare_group(self, group: dict, reference_steps: int) -> None:
-        group.setdefault("initial_weight_decay", group["weight_decay"])
-        group.setdefault("scheduled_weight_decay", group["weight_decay"])
-        group.setdefault("reference_steps", reference_steps)
-
-    def _group_value(self, key: str) -> Any:
-        return next((group[key] for group in self.optimizer.param_groups if key in group), 0)
+        group_keys.publish(self._groups, (self._published_step, *(float(scalar.detach()) for scalar in scalars)))
 
     def _read_shared(self) -> None:
         """Begin anew from what the parameter groups say; the sums are rebuilt at the next step."""
-        self._mean = SecondMomentMean(*(self._group_value(key) for key in SHARED_KEYS))
+        self._mean = SecondMomentMean(*(group_keys.read(self._groups, key) for key in group_keys.SHARED_KEYS))
         self._published_step = self.step_count
         self._params: list[Tensor] = []
         self._clipped = None
         self._stale = True
 
-    def _complete_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Give the groups of another optimizer's checkpoint what they lack: its decay does not mean what ours does."""
-        own, saved = self.optimizer.param_groups, state_dict["param_groups"]
-        if len(own) != len(saved) or all("initial_weight_decay" in group for group in saved):
-            return state_dict
-        groups = []
-        for mine, group in zip(own, saved, strict=True):
-            decay = mine["initial_weight_decay"]
-            ours = {"initial_weight_decay": decay, "weight_decay": decay, "scheduled_weight_decay": decay}
-            groups.append({**group, **ours, "reference_steps": mine["reference_steps"]})
-        return {**state_dict, "param_groups": groups}
+
+def _all_zero(values: list[float | Tensor]) -> bool | Tensor:
+    """Whether all are 0; undecided, on the device, if some lie there."""
+    if any(not isinstance(value, Tensor) and value != 0 for value in values):
+        return False
+    tensors = [value.detach() == 0 for value in values if isinstance(value, Tensor)]
+    return torch.stack(tensors).all() if tensors else True
 
 
 def _sum_of_one(values: Tensor, *, largest: bool = False) -> Tensor:
     """The reduction of a schedule whose only block is the whole model."""
     return values[0]
-
-
-def _next_maximum_sum(grad: Tensor, state: dict[str, Tensor], beta2: float | Tensor) -> Tensor:
-    grad, moment, maximum = (
-        None if t is None else torch.view_as_real(local_part(t)) if t.is_complex() else local_part(t)
-        for t in (grad, state.get("exp_avg_sq"), state.get("max_exp_avg_sq"))
-    )
-    second = (1 - beta2) * grad.square()
-    if moment is not None:
-        second = torch.maximum(maximum, beta2 * moment + second)
-    return sums([second])[0]

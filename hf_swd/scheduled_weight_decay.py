@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .schedule import SHARED_KEYS, DecaySchedule, schedule_of
+from . import group_keys
+from .schedule import DecaySchedule, schedule_of
 
 
 if TYPE_CHECKING:
@@ -81,23 +82,22 @@ class ScheduledWeightDecay(DecaySchedule):
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def remove(self) -> None:
-        """Detach from the optimizer, which goes on with the user's constant decay."""
+        """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
+        if schedule_of(self.optimizer) is not self:
+            return
         for handle in self._handles:
             handle.remove()
-        optimizer = self.optimizer
-        for group in optimizer.param_groups:
-            group["weight_decay"] = group.pop("initial_weight_decay")
-            for key in ("scheduled_weight_decay", "reference_steps", *SHARED_KEYS):
-                group.pop(key, None)
-        del optimizer._decay_schedule
+        for group in self._groups:
+            group_keys.remove(group)
+        del self.optimizer._decay_schedule
 
     def state_dict(self) -> dict[str, Any]:
         """Complete state: `schedule_step` and `reference_steps` (int), `second_moment_mean`, `num_elements` and `reference_rms`
         (float), `sums` and `steps` (float64 tensors of shape `(number of parameters,)`)."""
         with torch.no_grad():
-            self._follow([p for group in self.optimizer.param_groups for p in group["params"]])
+            self._follow([p for group in self._groups for p in group["params"]])
         self.publish()
-        shared = {key: self._group_value(key) for key in ("reference_steps", *SHARED_KEYS)}
+        shared = {key: group_keys.read(self._groups, key) for key in ("reference_steps", *group_keys.SHARED_KEYS)}
         return {**shared, "sums": self._mean.sums.cpu().clone(), "steps": self._mean.steps.cpu().clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,11 +106,11 @@ class ScheduledWeightDecay(DecaySchedule):
         Raises:
             ValueError: it belongs to another number of parameters.
         """
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        count = sum(len(group["params"]) for group in self._groups)
         if len(state_dict["sums"]) != count:
             raise ValueError(f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {count}")
-        for group in self.optimizer.param_groups:
-            group.update({key: state_dict[key] for key in ("reference_steps", *SHARED_KEYS)})
+        for group in self._groups:
+            group.update({key: state_dict[key] for key in ("reference_steps", *group_keys.SHARED_KEYS)})
         self._loaded = state_dict["schedule_step"], state_dict["sums"], state_dict["steps"]
         self._read_shared()
 

@@ -1,0 +1,244 @@
+"""hf_swd.plot: what is drawn is what a Trainer logged, and every way of not finding it says what was looked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+import zipfile
+
+import pytest
+import torch
+from hf_utils import arguments, sentences, tiny_bert
+from transformers import Trainer
+
+import hf_swd
+from hf_swd import plot
+from hf_swd.launch import main
+from hf_swd.plot import plot_runs
+
+
+pytest.importorskip("matplotlib", reason="needs the extra: plot")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that `plot_runs` draws, as it draws them."""
+    drawn = []
+    draw = plot._draw
+    monkeypatch.setattr(plot, "_draw", lambda runs: drawn.append(draw(runs)) or drawn[-1])
+    return drawn
+
+
+def write_state(folder, log, name="trainer_state.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({"log_history": log}))
+    return folder
+
+
+def log_of(values, key="loss"):
+    return [{"step": step, key: value} for step, value in enumerate(values, start=1)]
+
+
+def lines(figure):
+    """Points of every line of every panel, by the title of the panel and the label of the line."""
+    return {
+        axes.get_title(): {
+            line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in axes.lines
+        }
+        for axes in figure.axes
+    }
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def series(log, key):
+    return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+
+def test_plot_of_two_real_trainings_shows_their_logs(tmp_path, figures, capsys):
+    data = sentences()
+    for optim, changes in (("adams", {}), ("adamw_torch", {"optim_args": None})):
+        args = arguments(
+            tmp_path / optim, optim=optim, eval_strategy="steps", eval_steps=3, save_strategy="steps", **changes
+        )
+        Trainer(tiny_bert(), args, train_dataset=data, eval_dataset=data[:8]).train()
+    capsys.readouterr()
+
+    assert main(["plot", str(tmp_path / "adams"), str(tmp_path / "adamw_torch")]) == 0
+    path = tmp_path / "adams" / "swd_plot.png"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+    logs = {
+        optim: json.loads((tmp_path / optim / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+        for optim in ("adams", "adamw_torch")
+    }
+    panels = lines(figures[0])
+    for optim, log in logs.items():
+        assert len(series(log, "loss")) == 6
+        assert panels["loss"][optim] == series(log, "loss")
+        assert panels["loss"][f"{optim} (evaluation)"] == series(log, "eval_loss")
+        assert panels["gradient norm"][optim] == series(log, "grad_norm")
+    assert panels["effective weight decay"]["adams"] == series(logs["adams"], "swd/weight_decay")
+    assert {value for _, value in panels["effective weight decay"]["adamw_torch"]} == {0.01}
+    assert legend(figures[0]) == ["adams", "adamw_torch (constant weight_decay=0.01 of its arguments)"]
+
+
+def test_last_checkpoint_is_the_one_with_the_highest_number(tmp_path, figures):
+    for steps in (8, 90, 100):
+        write_state(tmp_path / f"checkpoint-{steps}", log_of([1.0] * steps))
+    write_state(tmp_path / "checkpoint-200-old", log_of([1.0] * 200))
+    (tmp_path / "checkpoint-300").mkdir()  # one whose saving was interrupted
+    plot_runs([tmp_path])
+    assert len(lines(figures[0])["loss"][tmp_path.name]) == 100
+
+
+def test_state_in_the_folder_comes_before_checkpoints_and_may_be_named_directly(tmp_path, figures):
+    write_state(tmp_path, log_of([3.0]))
+    write_state(tmp_path / "checkpoint-9", log_of([4.0] * 9))
+    for argument in (tmp_path, tmp_path / "trainer_state.json"):
+        assert plot_runs([argument]) == tmp_path / "swd_plot.png"
+        assert lines(figures[-1])["loss"] == {tmp_path.name: [(1, 3.0)]}
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        pytest.param(["runs/adams", "runs/adamw"], ["adams", "adamw"], id="last-part"),
+        pytest.param(["a/out", "b/out", "c"], ["a/out", "b/out", "c"], id="only-as-long-as-needed"),
+        pytest.param(["a/x/out", "b/x/out"], ["a/x/out", "b/x/out"], id="three-parts"),
+        pytest.param(["a", "a"], ["a"], id="twice-the-same"),
+        pytest.param(["_a", "$b$"], ["\u200b_a", r"\$b\$"], id="marks-that-matplotlib-interprets"),
+    ],
+)
+def test_legend_has_the_shortest_distinguishing_names(tmp_path, figures, folders, names):
+    for folder in folders:
+        write_state(tmp_path / folder, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "swd/weight_decay": 1.0}])
+    plot_runs([tmp_path / folder for folder in folders])
+    assert legend(figures[0]) == names
+
+
+def test_runs_differ_in_colour_and_in_line_style(tmp_path, figures):
+    folders = [write_state(tmp_path / str(index), log_of([1.0, 2.0])) for index in range(9)]
+    plot_runs(folders)
+    styles = [(line.get_color(), line.get_linestyle()) for line in figures[0].axes[0].lines]
+    assert len(set(styles)) == 9
+    assert all(one[0] != other[0] and one[1] != other[1] for one, other in zip(styles, styles[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        pytest.param([1.0, 9.0], "linear", id="less-than-a-decade"),
+        pytest.param([0.1, 9.0], "log", id="decades"),
+        pytest.param([0.1, math.nan, math.inf, 9.0], "log", id="not-finite"),
+        pytest.param([0.0, 0.1, 9.0], "symlog", id="decades-and-zero"),
+        pytest.param([-1.0, 0.1, 9.0], "linear", id="negative"),
+        pytest.param([0.0, 0.0], "linear", id="zeros"),
+    ],
+)
+def test_scale_fits_the_values(tmp_path, figures, values, scale):
+    plot_runs([write_state(tmp_path, log_of(values))])
+    assert figures[0].axes[0].get_yscale() == scale
+
+
+def test_what_a_run_did_not_log_is_said(tmp_path, figures):
+    folders = [write_state(tmp_path / "a", log_of([1.0])), write_state(tmp_path / "b", log_of([2.0], "eval_loss"))]
+    plot_runs(folders)
+    assert legend(figures[0]) == [
+        "a (no gradient norm logged, weight decay not known)",
+        "b (no training loss logged, no gradient norm logged, weight decay not known)",
+    ]
+    assert [text.get_text() for text in figures[0].axes[1].texts] == ["not logged"]
+
+
+class _Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file was run')",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: arguments("x", weight_decay=0.3), id="adams-whose-decay-is-not-constant"),
+        pytest.param(lambda: arguments("x", optim="sgd", optim_args=None, weight_decay=0.3), id="not-decoupled"),
+        pytest.param(lambda: {"optim": _Malicious(), "weight_decay": 0.3}, id="code"),
+        pytest.param(None, id="damaged"),
+    ],
+)
+def test_weight_decay_that_is_not_known_to_be_constant_is_not_drawn(tmp_path, figures, content):
+    write_state(tmp_path, log_of([1.0]))
+    if content is None:
+        (tmp_path / "training_args.bin").write_bytes(b"no archive")
+    elif content().__class__ is dict:
+        with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(content(), protocol=2))
+    else:
+        torch.save(content(), tmp_path / "training_args.bin")
+    plot_runs([tmp_path])
+    assert lines(figures[0])["effective weight decay"] == {}
+    assert "weight decay not known" in legend(figures[0])[0]
+
+
+def test_output_is_written_where_and_as_named(tmp_path):
+    write_state(tmp_path, log_of([1.0, 2.0]))
+    path = plot_runs([tmp_path], tmp_path / "new" / "figure.pdf")
+    assert path == tmp_path / "new" / "figure.pdf"
+    assert path.read_bytes().startswith(b"%PDF")
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    write_state(tmp_path, log_of([1.0]))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plot", str(tmp_path)]) == 1
+    assert 'pip install "hf-swd[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(None, ["found neither trainer_state.json nor checkpoint-N/trainer_state.json"], id="no-state"),
+        pytest.param('{"log_history": []}', ["has 0 entries", "logging_steps"], id="empty-log"),
+        pytest.param(
+            '{"log_history": [{"step": 9, "train_loss": 1.0}]}', ["has 1 entries", "grad_norm"], id="summary-only"
+        ),
+        pytest.param('{"log_history": [{"st', ["not a trainer state in JSON", "JSONDecodeError"], id="truncated"),
+        pytest.param("[1, 2]", ["not a trainer state in JSON"], id="other-json"),
+        pytest.param('{"log_history": [{"loss": 1.0}]}', ["not a trainer state in JSON", "step"], id="no-step"),
+    ],
+)
+def test_unusable_folder_is_an_error_that_names_it(tmp_path, capsys, content, words):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert main(["plot", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in ["hf-swd plot:", str(tmp_path), *words]), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("output_dirs", "output", "message"),
+    [
+        pytest.param([], None, r"output_dirs=\[\]", id="no-run"),
+        pytest.param(["missing"], None, "missing: no such folder or file", id="missing-folder"),
+        pytest.param(["."], "figure", "output='figure'.*suffix", id="no-suffix"),
+        pytest.param(["."], "figure.docx", "docx", id="unknown-format"),
+    ],
+)
+def test_wrong_arguments(tmp_path, monkeypatch, output_dirs, output, message):
+    monkeypatch.chdir(tmp_path)
+    write_state(tmp_path, log_of([1.0]))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        plot_runs(output_dirs, output)
+
+
+def test_version_and_help_of_the_command_line(capsys):
+    for option, text in (("--version", f"hf-swd {hf_swd.__version__}\n"), ("--help", "plot")):
+        with pytest.raises(SystemExit) as exit:
+            main([option])
+        assert exit.value.code == 0
+        assert text in capsys.readouterr().out
