@@ -89,8 +89,9 @@ class DecaySchedule:
     References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
     """
 
-    # Whether the optimizer can take the decay only as a number, for which the host must wait for an accelerator.
-    host_decay = False
+    # Whether the optimizer takes the decay as a number, for which the host must wait for an accelerator; None: if the weights are on
+    # the CPU.
+    host_decay: bool | None = None
 
     def __init__(
         self,
@@ -322,7 +323,8 @@ class DecaySchedule:
 
     def _write(self, groups: list[dict]) -> list[float | Tensor]:
         factor = self._mean.factor(calibrated=self.reference_steps > 0)
-        if self.host_decay or (factor.device.type == "cpu" and not factor.requires_grad):
+        on_host = factor.device.type == "cpu" if self.host_decay is None else self.host_decay
+        if on_host and not factor.requires_grad:
             factor = factor.item()
         decays = [self._effective(group, factor) for group in groups]
         for group, decay in zip(groups, decays, strict=True):
