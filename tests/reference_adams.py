@@ -50,7 +50,9 @@ class ReferenceAdamS:
 
     def add_group(self, group: dict) -> None:
         params = [as_real64(p) for p in group["params"]]
-        state = [{"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p), "v_max": torch.zeros_like(p)} for p in params]
+        state = [
+            {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p), "v_max": torch.zeros_like(p)} for p in params
+        ]
         self.groups.append({**self.defaults, **group, "params": params, "state": state, "decay": None})
 
     @property
