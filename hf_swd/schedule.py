@@ -384,7 +384,8 @@ class DecaySchedule:
         self._params, self._beta2_source, self._active = params, None, None
         shard_groups = {i: self._shards[p][0] for i, p in enumerate(params) if p in self._shards}
         self._reduce = ShardedSum(params, shard_groups, self.process_group)
-        if self._stale:
+        # A rank without a share of the moments must still join the others' reduction; otherwise there may be nothing to do.
+        if self._stale and (stepped or self._published_step or not self._reduce.is_local):
             self._reconcile()
         self._stale = False
 

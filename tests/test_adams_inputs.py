@@ -204,14 +204,16 @@ def test_channels_last_parameter_and_contiguous_gradient(path):
     LockStep([{"params": [Parameter(weight)]}], path=path).run(10)
 
 
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 @every_path
-def test_loaded_moments_may_have_other_strides_than_the_parameter(path):
-    pair = LockStep([{"params": parameters(((5, 7),))}], path=path)
+def test_loaded_moment_may_have_other_strides_than_the_parameter(path, moment):
+    """As when the saved run had its model in channels_last."""
+    pair = LockStep([{"params": parameters(((5, 7),))}], path=path, amsgrad=moment == "max_exp_avg_sq")
     pair.run(3)
 
-    def transpose_moments(state_dict):
+    def transpose(state_dict):
         for state in state_dict["state"].values():
-            state.update({k: v.t().contiguous().t() for k, v in state.items() if k != "step"})
+            state[moment] = state[moment].t().contiguous().t()
         return state_dict
 
-    pair.resumed(transpose_moments).run(5)
+    pair.resumed(transpose).run(5)

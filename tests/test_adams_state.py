@@ -231,6 +231,13 @@ def test_load_leaves_the_given_state_dict_alone():
     torch.testing.assert_close(state_dict["state"], kept["state"], rtol=0, atol=0)
 
 
+def reference_state(optimizer: torch.optim.Optimizer, p: Parameter) -> dict:
+    """What the reference keeps for a parameter, from an AdamW's state."""
+    state, zeros = optimizer.state.get(p, {}), torch.zeros_like(p, requires_grad=False)
+    names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+    return {"t": int(state.get("step", 0)), **{name: state.get(key, zeros).clone() for name, key in names.items()}}
+
+
 class TestAdamW:
     """torch.optim.AdamW's state can be taken over, and AdamS's given to it."""
 
@@ -249,21 +256,9 @@ class TestAdamW:
 
         pair.optimizer.load_state_dict(copy.deepcopy(twin.state_dict()))
 
-        for group in pair.reference.groups:
-            group["state"] = []
         for mine, group in zip(pair.optimizer.param_groups, pair.reference.groups, strict=True):
-            for i, p in enumerate(mine["params"]):
-                group["params"][i] = p.detach().clone()
-                s = twin.state.get(p) or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                v_max = s.get("max_exp_avg_sq", torch.zeros_like(p))
-                group["state"].append(
-                    {
-                        "t": int(s["step"]),
-                        "m": s["exp_avg"].clone(),
-                        "v": s["exp_avg_sq"].clone(),
-                        "v_max": v_max.clone(),
-                    }
-                )
+            group["params"] = [p.detach().clone() for p in mine["params"]]
+            group["state"] = [reference_state(twin, p) for p in mine["params"]]
         # The run goes on from AdamW's step: with K behind it, r is taken at the first step of AdamS.
         pair.reference.steps = max(s["t"] for group in pair.reference.groups for s in group["state"])
         lambdas = [group["initial_weight_decay"] for group in pair.optimizer.param_groups]
@@ -273,25 +268,24 @@ class TestAdamW:
     def test_loads_the_state_of_adams(self):
         pair = LockStep(two_groups())
         pair.run(5)
-        weights = [Parameter(p.detach().clone()) for p in pair.params]
-        adamw = torch.optim.AdamW([{"params": weights[:4]}, {"params": weights[4:]}])
+        other = pair.fresh_optimizer()
+        adamw = torch.optim.AdamW([{"params": group["params"]} for group in other.param_groups])
 
         adamw.load_state_dict(pair.optimizer.state_dict())
 
-        gradients = pair.gradients()
-        for p, g in zip(weights, [g for grads in gradients for g in grads], strict=True):
-            p.grad = g
         effective = [group["weight_decay"] for group in pair.optimizer.param_groups]
         assert [group["weight_decay"] for group in adamw.param_groups] == effective
-        before = [p.detach().clone() for p in weights]
+        before = {p: p.detach().clone() for group in adamw.param_groups for p in group["params"]}
+        for p in before:
+            p.grad = torch.randn_like(p)
         adamw.step()
-        for p, old, s in zip(weights, before, adamw.state.values(), strict=True):
-            group = adamw.param_groups[p is not weights[0] and any(p is q for q in weights[4:])]
-            (beta1, beta2), lr, t = group["betas"], group["lr"], 6
-            update = s["exp_avg"] / (1 - beta1**t) / ((s["exp_avg_sq"] / (1 - beta2**t)).sqrt() + group["eps"])
-            torch.testing.assert_close(
-                p.detach(), (1 - lr * group["weight_decay"]) * old - lr * update, rtol=1e-12, atol=1e-14
-            )
+        for group in adamw.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                m, v = (adamw.state[p][key] for key in ("exp_avg", "exp_avg_sq"))
+                update = m / (1 - beta1**6) / ((v / (1 - beta2**6)).sqrt() + group["eps"])
+                expected = (1 - lr * group["weight_decay"]) * before[p] - lr * update
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 class TestDistributedCheckpoint:

@@ -1,0 +1,9 @@
+"""Test-only: with this folder on PYTHONPATH, every process that `accelerate launch` starts runs its engine on the CPU."""
+
+import os
+
+
+if "LOCAL_RANK" in os.environ:
+    import pretend_gpus
+
+    pretend_gpus.install()

@@ -1,0 +1,161 @@
+"""The training run that every engine repeats: a small BERT, 12 steps, most of them clipped, about 1 % of decay per step.
+
+The reference trains in one process and in float64, with the two-pass AdamS of `tests/reference_adams.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+STEPS = 12
+GLOBAL_BATCH = 8
+LR = 2e-3
+WEIGHT_DECAY = 0.015
+ADAMW_DECAY = 5.0  # 1 % per step as well
+MAX_NORM = 0.35
+
+
+class Run(NamedTuple):
+    weights: dict[str, Tensor]
+    decays: list[float]
+
+
+def build_model(dtype: torch.dtype = torch.float32, unused: bool = False) -> nn.Module:
+    """The model; with `unused` it has parameters that no loss depends on."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
+    model = BertForSequenceClassification(config)
+    if unused:
+        model.unused = nn.Linear(64, 64)
+    return model.to(dtype)
+
+
+def batches(first: int = 0, last: int = STEPS) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 61, (STEPS * GLOBAL_BATCH, 9), generator=generator)
+    labels = tokens.sum(1) % 3
+    return [
+        {"input_ids": tokens[i : i + GLOBAL_BATCH], "labels": labels[i : i + GLOBAL_BATCH]}
+        for i in range(first * GLOBAL_BATCH, last * GLOBAL_BATCH, GLOBAL_BATCH)
+    ]
+
+
+def share(batch: dict[str, Tensor], rank: int, world: int, micro: int = 0, micros: int = 1) -> dict[str, Tensor]:
+    """The part of a global batch that a rank takes in one of its accumulation steps."""
+    size = GLOBAL_BATCH // (world * micros)
+    start = (rank * micros + micro) * size
+    return {key: value[start : start + size] for key, value in batch.items()}
+
+
+def groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict]:
+    from hf_swd.adams import decay_parameter_names
+
+    names = set(decay_parameter_names(model))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if n in names], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
+    ]
+
+
+@functools.cache
+def initial_weights(unused: bool = False) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in build_model(unused=unused).named_parameters()}
+
+
+@functools.cache
+def reference(
+    *,
+    optim: str = "adams",
+    clip: bool = True,
+    one_group: bool = False,
+    unused: bool = False,
+    reference_steps: int = 0,
+    adamw_steps: int = 0,
+) -> Run:
+    """
+    Final weights and effective decays of the run in one process, float64.
+
+    Args:
+        optim (`str`): "adams", or "adamw" (torch's, with a decay of 1 % per step).
+        clip (`bool`): to `MAX_NORM`.
+        one_group (`bool`): decay every parameter, as flat parameters that mix biases and matrices must.
+        unused (`bool`): the model has parameters without gradient.
+        reference_steps (`int`): as of AdamS.
+        adamw_steps (`int`): so many steps are AdamW's; AdamS goes on from its moments.
+    """
+    from reference_adams import ReferenceAdamS
+
+    model = build_model(torch.float64, unused)
+    param_groups = groups(model)
+    if one_group:
+        param_groups = [{"params": list(model.parameters()), "weight_decay": WEIGHT_DECAY}]
+    adamw = torch.optim.AdamW(
+        [{**g, "weight_decay": ADAMW_DECAY if g["weight_decay"] else 0.0} for g in param_groups], lr=LR
+    )
+    adams = None
+    clipped, decays = 0, []
+    for step, batch in enumerate(batches()):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+        factor = min(1.0, MAX_NORM / (norm.item() + 1e-6)) if clip else 1.0
+        clipped += factor < 1
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+        if optim == "adamw" or step < adamw_steps:
+            adamw.step()
+            continue
+        if adams is None:
+            adams = ReferenceAdamS(param_groups, lr=LR, reference_steps=reference_steps)
+            _take_over(adams, param_groups, adamw)
+        adams.step([[p.grad for p in group["params"]] for group in param_groups])
+        decays.append(adams.groups[0]["decay"])
+        with torch.no_grad():
+            for group, new in zip(param_groups, adams.groups, strict=True):
+                for p, value in zip(group["params"], new["params"], strict=True):
+                    p.copy_(value)
+    assert not clip or clipped >= STEPS // 2, f"{clipped} of {STEPS} steps clipped: the run must really clip"
+    assert reference_steps or optim == "adamw" or 0.003 < LR * min(decays) < LR * max(decays) < 0.1, decays
+    return Run({name: p.detach().clone() for name, p in model.named_parameters()}, decays)
+
+
+def _take_over(adams, param_groups: list[dict], adamw: torch.optim.Optimizer) -> None:
+    for group, new in zip(param_groups, adams.groups, strict=True):
+        for p, state in zip(group["params"], new["state"], strict=True):
+            if p in adamw.state:
+                old = adamw.state[p]
+                state.update(t=int(old["step"]), m=old["exp_avg"].clone(), v=old["exp_avg_sq"].clone())
+                adams.steps = state["t"]
+
+
+def distance(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """||w - w_ref|| / ||w_ref - w_init||: the error in units of the distance travelled."""
+    start = initial_weights(unused=len(expected) > len(initial_weights()))
+    assert set(weights) == set(expected), set(weights) ^ set(expected)
+    error = sum((weights[n].double() - w).square().sum() for n, w in expected.items())
+    travelled = sum((w - start[n].double()).square().sum() for n, w in expected.items())
+    return (error / travelled).sqrt().item()

@@ -1,0 +1,195 @@
+"""Save at step 6 and go on in a fresh model and optimizer: the uninterrupted run, under each engine and from one to another number of processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import Variant, run_variants, value_of
+from judge import check_equal_weights
+from task import STEPS, Run, distance, reference
+
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+Results = list[dict[str, Any]]
+variant = partial(harness.variant, module="checkpoints")
+TOLERANCE = 1e-5
+
+
+def check_resumed(
+    results: Results, expected: Run, *, tolerance: float = TOLERANCE, decay_tolerance: float = TOLERANCE
+) -> None:
+    """The weights of the uninterrupted run, and its decays from the first resumed step on: there is no jump."""
+    values = value_of(results)
+    for value in values:
+        assert distance(value["weights"], expected.weights) < tolerance
+        assert value["decays"] == values[0]["decays"]
+        assert value["step_count"] == STEPS
+    decays = values[0]["decays"]
+    assert [len(step) for step in decays] == [1] * (STEPS // 2)
+    for (decay,), uninterrupted in zip(decays, expected.decays[-len(decays) :], strict=True):
+        assert math.isclose(decay, uninterrupted, rel_tol=decay_tolerance)
+    check_equal_weights(values)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("ddp", "ddp_resume"),
+        variant("fsdp2", "fsdp2_resume"),
+        variant("fsdp2-cpu-offload", "fsdp2_resume", offload=True, slow=True),
+        variant("fsdp2-unsharded", "fsdp2_resume", unsharded=["classifier"]),
+        variant("hsdp", "fsdp2_resume", world=4, mesh=[2, 2], slow=True),
+        variant("fsdp1-full", "fsdp1_resume"),
+        variant("fsdp1-sharded", "fsdp1_resume", state_type="sharded"),
+    ],
+)
+def test_torch_engines(results: Results) -> None:
+    check_resumed(results, reference())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("zero0", "zero_resume", stage=0),
+        variant("zero1", "zero_resume", stage=1),
+        variant("zero2", "zero_resume", stage=2),
+        variant("zero2-attach-after-load", "zero_resume", stage=2, attach="after"),
+        variant("zero3", "zero_resume", stage=3),
+        variant("zero3-attach-after-load", "zero_resume", stage=3, attach="after", slow=True),
+        variant("zero3-sub-groups", "zero_resume", stage=3, sub_group=3000, slow=True),
+        variant("zero2-offload", "zero_resume", stage=2, optim="cpu_adams", offload="cpu"),
+        variant(
+            "zero2-offload-attach-after-load", "zero_resume", stage=2, optim="cpu_adams", offload="cpu", attach="after"
+        ),
+        variant("zero3-offload", "zero_resume", stage=3, optim="cpu_adams", offload="cpu", slow=True),
+    ],
+)
+def test_deepspeed(results: Results) -> None:
+    check_resumed(results, reference())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("bf16-optimizer", "zero_resume_and_uninterrupted", stage=1, dtype="bf16", grad_accum_dtype="fp32"),
+        variant("zero2-bf16", "zero_resume_and_uninterrupted", stage=2, dtype="bf16"),
+        variant("zero3-bf16", "zero_resume_and_uninterrupted", stage=3, dtype="bf16", slow=True),
+    ],
+)
+def test_deepspeed_in_bf16_against_its_own_uninterrupted_run(results: Results) -> None:
+    values = value_of(results)
+    whole = values[0]["whole"]
+    expected = Run({n: w.double() for n, w in whole["weights"].items()}, [decay for (decay,) in whole["decays"]])
+    check_resumed([{"value": value["resumed"]} for value in values], expected)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("ddp-bf16-states", "ddp_resume", bf16_states=True),
+        variant("fsdp2-bf16-states", "fsdp2_resume", bf16_states=True),
+    ],
+)
+def test_moments_of_low_precision_make_no_jump(results: Results) -> None:
+    # The moments themselves lose 3 digits, and with them the weights; the running total in the groups does not.
+    check_resumed(results, reference(), tolerance=2e-3)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp2-from-adamw", "fsdp2_resume", first_optim="adamw"),
+        variant("zero2-from-adamw", "zero_resume", stage=2, first_optim="adamw", marks=[needs_deepspeed]),
+    ],
+)
+def test_from_adamw_to_adams(results: Results) -> None:
+    check_resumed(results, reference(adamw_steps=STEPS // 2))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp2-reference-4", "fsdp2_resume", options={"reference_steps": 4}),
+        variant("fsdp2-reference-9", "fsdp2_resume", options={"reference_steps": 9}),
+        variant("zero2-reference-4", "zero_resume", stage=2, options={"reference_steps": 4}, marks=[needs_deepspeed]),
+        variant(
+            "zero3-reference-9",
+            "zero_resume",
+            stage=3,
+            options={"reference_steps": 9},
+            slow=True,
+            marks=[needs_deepspeed],
+        ),
+    ],
+)
+def test_reference_steps_go_on(results: Results, variant: Variant) -> None:
+    check_resumed(results, reference(**variant.kwargs["options"]))
+
+
+# From 2 processes to 1 and to 4
+
+
+@pytest.fixture(scope="module")
+def saved_by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of 2 processes: of FSDP2, and universal ones of ZeRO 2 and 3."""
+    root = tmp_path_factory.mktemp("saved")
+    specs = [
+        {"id": "fsdp2", "module": "checkpoints", "function": "fsdp2_save", "kwargs": {"folder": str(root / "fsdp2")}}
+    ]
+    stages = (2, 3) if importlib.util.find_spec("deepspeed") else ()
+    for stage in stages:
+        kwargs = {"stage": stage, "folder": str(root / f"zero{stage}")}
+        specs.append({"id": f"zero{stage}", "module": "checkpoints", "function": "zero_save", "kwargs": kwargs})
+    for results in run_variants(specs, 2, root / "run").values():
+        value_of(results)
+    for stage in stages:
+        folder = root / f"zero{stage}"
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        folders = ["--input_folder", str(folder / "half"), "--output_folder", str(folder / "half_universal")]
+        done = subprocess.run(
+            [*command, *folders, "--num_extract_workers", "1", "--num_merge_workers", "1"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    return {spec["id"]: root / spec["id"] for spec in specs}
+
+
+@pytest.fixture(scope="module")
+def resumed_by(saved_by_two: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    finished: dict[int, Any] = {}
+
+    def resume(world: int) -> dict[str, Results]:
+        if world not in finished:
+            specs = []
+            for name, folder in saved_by_two.items():
+                kwargs: dict[str, Any] = {"saved": str(folder)}
+                if name != "fsdp2":
+                    kwargs |= {"stage": int(name[-1]), "universal": True}
+                function = "fsdp2_resume" if name == "fsdp2" else "zero_resume"
+                specs.append({"id": name, "module": "checkpoints", "function": function, "kwargs": kwargs})
+            finished[world] = run_variants(specs, world, tmp_path_factory.mktemp(f"resumed-{world}"))
+        return finished[world]
+
+    return resume
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+)
+def test_saved_by_two_processes(resumed_by: Any, name: str, world: int) -> None:
+    check_resumed(resumed_by(world)[name], reference())

@@ -1,0 +1,164 @@
+"""DDP, FSDP1, FSDP2, tensor parallelism, process groups: the weights of the single-process float64 reference, in real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import Variant, value_of, variant
+from judge import check_as_good_as_adamw, check_collectives, check_refusal, check_run
+from task import reference
+
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+Results = list[dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("ddp", "ddp"),
+        variant("ddp-shared-clip", "ddp", clip="shared"),
+        variant("ddp-accumulation", "ddp", micros=2),
+        variant("ddp-scheduled-adamw", "ddp", optim="scheduled"),
+        variant("ddp-4", "ddp", world=4),
+        variant("ddp-4-accumulation", "ddp", world=4, micros=2, slow=True),
+    ],
+)
+def test_ddp(results: Results) -> None:
+    check_run(results, reference())
+    check_collectives(results, [])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("ddp-unused", "ddp", unused=True, find_unused_parameters=True),
+        variant("ddp-unused-shared-clip", "ddp", unused=True, find_unused_parameters=True, clip="shared"),
+    ],
+)
+def test_ddp_with_parameters_that_no_loss_depends_on(results: Results) -> None:
+    check_run(results, reference(unused=True))
+
+
+@pytest.mark.parametrize("variant", [variant("ddp-no-clip", "ddp", clip="none")])
+def test_without_clipping(results: Results) -> None:
+    check_run(results, reference(clip=False))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp1-full-shard", "fsdp1"),
+        variant("fsdp1-shard-grad-op", "fsdp1", strategy="SHARD_GRAD_OP"),
+        variant("fsdp1-no-shard", "fsdp1", strategy="NO_SHARD"),
+        variant("fsdp1-not-wrapped", "fsdp1", wrap=False),
+        variant("fsdp1-ignored", "fsdp1", ignore=True),
+        variant("fsdp1-shared-clip", "fsdp1", clip="shared"),
+        variant("fsdp1-ignored-shared-clip", "fsdp1", ignore=True, clip="shared"),
+        variant("fsdp1-scheduled-adamw", "fsdp1", optim="scheduled"),
+        variant("fsdp1-hybrid-shard", "fsdp1", world=4, strategy="HYBRID_SHARD"),
+        variant("fsdp1-hybrid-shard-zero2", "fsdp1", world=4, strategy="_HYBRID_SHARD_ZERO2", slow=True),
+        variant("fsdp1-full-shard-4", "fsdp1", world=4, slow=True),
+    ],
+)
+def test_fsdp1(results: Results) -> None:
+    check_run(results, reference())
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp1-flat-full-shard", "fsdp1", use_orig_params=False),
+        variant("fsdp1-flat-shard-grad-op", "fsdp1", use_orig_params=False, strategy="SHARD_GRAD_OP"),
+        variant("fsdp1-flat-no-shard", "fsdp1", use_orig_params=False, strategy="NO_SHARD"),
+        variant("fsdp1-flat-ignored", "fsdp1", use_orig_params=False, ignore=True),
+        variant("fsdp1-flat-hybrid-shard", "fsdp1", world=4, use_orig_params=False, strategy="HYBRID_SHARD"),
+    ],
+)
+def test_fsdp1_with_flat_parameters(results: Results) -> None:
+    check_run(results, reference(one_group=True))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp1-unattached", "fsdp1_refused"),
+        variant("fsdp1-unattached-flat", "fsdp1_refused", use_orig_params=False),
+        variant("fsdp1-unattached-grad-op", "fsdp1_refused", strategy="SHARD_GRAD_OP", slow=True),
+    ],
+)
+def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) -> None:
+    check_refusal(results, "FSDP", "hf_swd.attach(optimizer, model)")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("fsdp2", "fsdp2"),
+        variant("fsdp2-torch-clip", "fsdp2", clip="torch"),
+        variant("fsdp2-shared-clip", "fsdp2", clip="shared"),
+        variant("fsdp2-scheduled-adamw", "fsdp2", optim="scheduled"),
+        variant("fsdp2-cpu-offload", "fsdp2", offload=True),
+        variant("fsdp2-unsharded", "fsdp2", unsharded=["classifier", "bert.embeddings"]),
+        variant("fsdp2-unsharded-shared-clip", "fsdp2", unsharded=["classifier", "bert.embeddings"], clip="shared"),
+        variant("hsdp-2x1", "fsdp2", mesh=[2, 1]),
+        variant("hsdp-2x2", "fsdp2", world=4, mesh=[2, 2]),
+        variant("hsdp-2x2-shared-clip", "fsdp2", world=4, mesh=[2, 2], clip="shared"),
+        variant("fsdp2-4", "fsdp2", world=4, slow=True),
+    ],
+)
+def test_fsdp2(results: Results, variant: Variant) -> None:
+    check_run(results, reference())
+    sharded = variant.kwargs.get("mesh") != [2, 1]
+    check_collectives(results, [16] if sharded else [])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("tp", "tensor_parallel"),
+        variant("tp-shared-clip", "tensor_parallel", clip="shared"),
+        variant("fsdp2-x-tp", "tensor_parallel", world=4, data=2),
+        variant("fsdp2-x-tp-shared-clip", "tensor_parallel", world=4, data=2, clip="shared"),
+    ],
+)
+def test_tensor_parallel(results: Results, variant: Variant) -> None:
+    check_run(results, reference())
+    check_collectives(results, [16] * (2 if variant.world == 4 else 1))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("zero-redundancy", "zero_redundancy"),
+        variant("zero-redundancy-buckets", "zero_redundancy", parameters_as_bucket_view=True),
+        variant("pipeline", "pipeline_stages"),
+        variant("pipeline-shared-clip", "pipeline_stages", clip="shared"),
+        variant("pipeline-4", "pipeline_stages", world=4, slow=True),
+    ],
+)
+def test_disjoint_parts_of_a_model(results: Results) -> None:
+    check_run(results, reference())
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [variant("fsdp2-mixed", "mixed_fsdp2"), variant("hsdp-mixed", "mixed_fsdp2", world=4, mesh=[2, 2], slow=True)],
+)
+def test_mixed_precision_is_as_good_as_adamw(results: Results) -> None:
+    values = value_of(results)
+    adams, adamw = ([{"value": value[optim]} for value in values] for optim in ("adams", "adamw"))
+    check_as_good_as_adamw(adams, reference(), adamw, reference(optim="adamw"))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("ddp-reference-steps", "ddp", reference_steps=4),
+    ],
+)
+def test_reference_steps(results: Results) -> None:
+    check_run(results, reference(reference_steps=4))

@@ -1,0 +1,75 @@
+"""The Trainer with `optim="adams"`: weights, logs and resumed runs of the single-process reference under every engine."""
+
+from __future__ import annotations
+
+import pytest
+import task
+from harness import value_of, variant
+from test_accelerate import same_on_all_ranks
+
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+def trained(engine: str, id: str = "", **options):
+    return variant(id or engine, "run", module="engines_trainer", engine=engine, **options)
+
+
+def swd(engine: str, **options):
+    return trained(engine, f"{engine}-SWDTrainer", trainer="SWDTrainer", **options)
+
+
+def resumed(engine: str, **options):
+    return trained(engine, f"{engine}-resumed", resume_at=6, **options)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        trained("ddp"),
+        trained("fsdp1"),
+        trained("fsdp2"),
+        trained("zero0"),
+        trained("zero1"),
+        trained("zero2"),
+        trained("zero3"),
+        trained("zero2_offload", slow=True),
+        trained("zero3_offload"),
+        swd("ddp"),
+        swd("fsdp1", slow=True),
+        swd("fsdp2"),
+        swd("zero2"),
+        swd("zero3", slow=True),
+        swd("zero1", slow=True),
+        swd("zero3_offload", slow=True),
+        trained("ddp", "ddp-accumulation", micros=2),
+        trained("zero2", "zero2-accumulation", micros=2),
+        trained("zero2", "zero2-config-file", config_file="deepspeed_zero2.json", slow=True),
+        trained("zero3", "zero3-config-file", config_file="deepspeed_zero3.json"),
+        trained("zero3_offload", "zero3_offload-config-file", config_file="deepspeed_zero3_offload.json", slow=True),
+        trained("fsdp1", "fsdp1-flat", use_orig_params=False, slow=True),
+        resumed("ddp"),
+        resumed("fsdp2"),
+        resumed("zero2"),
+        resumed("zero3"),
+        resumed("zero3_offload", slow=True),
+        trained("fsdp1", "fsdp1-of-4", world=4, slow=True),
+        trained("fsdp2", "fsdp2-of-4", world=4, slow=True),
+        trained("zero3", "zero3-of-4", world=4, slow=True),
+    ],
+)
+def test_trainer_repeats_the_reference(variant, results):
+    answers = value_of(results)
+    weights = same_on_all_ranks([answer["weights"] for answer in answers])
+    # Flat parameters mix biases and matrices: the Trainer decays all of them.
+    reference = task.reference(one_group=variant.kwargs.get("use_orig_params") is False)
+    distance = task.distance(weights, reference.weights)
+    print(f"distance {distance:.2g}")
+    assert distance < 1e-4
+
+    logs = answers[0]["logs"]
+    assert [entry["step"] for entry in logs] == list(range(1, task.STEPS + 1))
+    for entry, decay in zip(logs, reference.decays, strict=True):
+        assert entry["swd/weight_decay"] == pytest.approx(decay, rel=1e-4)
+        assert entry["swd/grad_rms"] == pytest.approx(task.WEIGHT_DECAY / decay, rel=1e-4)
