@@ -100,7 +100,10 @@ def fsdp1_resume(*, optim: str = "adams", state_type: str = "full", **build: Any
     )
 
     sharded = (StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig())
-    optimizer_configs = {"full": FullOptimStateDictConfig(offload_to_cpu=False), "sharded": ShardedOptimStateDictConfig()}
+    optimizer_configs = {
+        "full": FullOptimStateDictConfig(offload_to_cpu=False),
+        "sharded": ShardedOptimStateDictConfig(),
+    }
     # With torch's default offload_to_cpu=True a CPU run loses moments, of AdamW as well; a full model state crashes there.
     model_type = partial(
         FullyShardedDataParallel.state_dict_type, state_dict_type=sharded[0], state_dict_config=sharded[1]
@@ -188,7 +191,8 @@ def zero_resume(
     ds_config = ds.config(stage, **engine_options)
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
-    engine = ds.initialize(ds_config, optim=optim, attach=attach == "before")
+    groups = {"split": True} if (options or {}).get("split") else {}  # reference_steps comes with the checkpoint
+    engine = ds.initialize(ds_config, optim=optim, attach=attach == "before", **groups)
     engine.load_checkpoint(folder, tag="half_universal" if universal else "half")
     if attach == "after":
         hf_swd.attach(engine)

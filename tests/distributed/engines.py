@@ -33,13 +33,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def build_optimizer(model: nn.Module, optim: str = "adams", *, one_group: bool = False, **options: Any) -> Any:
+def build_optimizer(
+    model: nn.Module, optim: str = "adams", *, one_group: bool = False, split: bool = False, **options: Any
+) -> Any:
     """The optimizer with the groups of [`task.groups`], or with everything decayed."""
     decay = ADAMW_DECAY if optim == "adamw" else WEIGHT_DECAY
     if one_group:
         params: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": decay}]
     else:
-        params = groups(model, decay)
+        params = groups(model, decay, split)
     return OPTIMIZERS[optim](params, lr=LR, weight_decay=decay, **options)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,22 +195,24 @@ def refused(engine: str, **options: Any) -> dict[str, Any]:
     return {"message": message, "unchanged": all(torch.equal(after[n], w) for n, w in initial_weights().items())}
 
 
-def shared_folder() -> str:
-    """A new folder that all ranks know."""
-    name: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(name)
-    return name[0]
+@contextlib.contextmanager
+def shared_folder() -> Iterator[str]:
+    """A new folder that all ranks know, gone afterwards."""
+    with tempfile.TemporaryDirectory() as own:
+        name: list[Any] = [own]
+        dist.broadcast_object_list(name)
+        yield name[0]
+        dist.barrier()
 
 
 def resumed(engine: str, *, at: int = 6, **options: Any) -> Weights:
     """The run, broken off after `at` steps and gone on with in new objects, from what `accelerator.save_state` wrote."""
-
-    folder = shared_folder()
-    accelerator, model, optimizer = prepared(engine, **options)
-    train(accelerator, model, optimizer, last=at)
-    accelerator.save_state(folder)
-    dist.barrier()
-    accelerator, model, optimizer = prepared(engine, **options)
-    accelerator.load_state(folder)
-    train(accelerator, model, optimizer, first=at)
-    return weights(model)
+    with shared_folder() as folder:
+        accelerator, model, optimizer = prepared(engine, **options)
+        train(accelerator, model, optimizer, last=at)
+        accelerator.save_state(folder)
+        dist.barrier()
+        accelerator, model, optimizer = prepared(engine, **options)
+        accelerator.load_state(folder)
+        train(accelerator, model, optimizer, first=at)
+        return weights(model)

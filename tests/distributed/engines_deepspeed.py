@@ -91,7 +91,7 @@ def initialize(
     model = build_model() if model is None else model
     optimizer = ds_optimizer(model, optim, **options)
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    if attach and "adams" in optim:
+    if attach and "adamw" not in optim:
         hf_swd.attach(wrapped)
     return engine
 
@@ -170,16 +170,15 @@ def zero_fp16(stage: int, **options: Any) -> dict:
         engine = initialize(config(stage, dtype="fp16", **options), optim=optim)
         probe = Probe(base_optimizer(engine))
         before = weights(engine)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        engine.backward(engine(**share(batches(0, 1)[0], rank, world)).loss)
+        engine.backward(engine(**share(batches(0, 1)[0], dist.get_rank(), dist.get_world_size())).loss)
         engine.step()
         assert not engine.was_step_applied(), "the first step was to overflow"
-        after = weights(engine)
-        probe_after_skip = probe.report(after)
+        skip = probe.report(weights(engine))
+        unchanged = all(torch.equal(before[n], w) for n, w in skip["weights"].items())
         skipped = 1 + train(engine, probe)
-        unchanged = all(torch.equal(before[n], w) for n, w in after.items())
+        after_skip = skip["step_count"]
         result[optim] = probe.report(
-            weights(engine), skipped=skipped, unchanged=unchanged, step_count_after_skip=probe_after_skip["step_count"]
+            weights(engine), skipped=skipped, unchanged=unchanged, step_count_after_skip=after_skip
         )
     return result
 

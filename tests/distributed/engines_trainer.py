@@ -93,14 +93,15 @@ def run(
         "use_orig_params": use_orig_params,
         **changes,
     }
-    folder, checkpoint = shared_folder(), None
-    if resume_at:
-        first = _trainer(engine, folder, save_strategy="steps", save_steps=resume_at, **options)
-        first.train()
-        dist.barrier()
-        checkpoint = f"{folder}/checkpoint-{resume_at}"
-    last = _trainer(engine, folder, **options)
-    last.train(resume_from_checkpoint=checkpoint)
+    with shared_folder() as folder:
+        checkpoint = None
+        if resume_at:
+            first = _trainer(engine, folder, save_strategy="steps", save_steps=resume_at, **options)
+            first.train()
+            dist.barrier()
+            checkpoint = f"{folder}/checkpoint-{resume_at}"
+        last = _trainer(engine, folder, **options)
+        last.train(resume_from_checkpoint=checkpoint)
     assert type(last).__name__ == trainer
     check_engine(engine, last.model_wrapped, last.optimizer)
     logs = [entry for entry in last.state.log_history if "loss" in entry]

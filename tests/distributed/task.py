@@ -69,15 +69,21 @@ def share(batch: dict[str, Tensor], rank: int, world: int, micro: int = 0, micro
     return {key: value[start : start + size] for key, value in batch.items()}
 
 
-def groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict]:
+def groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY, split: bool = False) -> list[dict]:
+    """Decay and no decay, as the Trainer makes them; with `split` the matrices of the last layer are a third group."""
     from hf_swd.adams import decay_parameter_names
 
     names = set(decay_parameter_names(model))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for n, p in named if n in names], "weight_decay": weight_decay},
+    last = {n for n in names if "layer.1" in n} if split else set()
+    decayed = [p for n, p in named if n in names - last]
+    result = [
+        {"params": decayed, "weight_decay": weight_decay},
         {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
     ]
+    if split:
+        result.append({"params": [p for n, p in named if n in last], "weight_decay": weight_decay})
+    return result
 
 
 @functools.cache
