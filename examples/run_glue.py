@@ -221,9 +221,7 @@ def find_checkpoint(training_args: TrainingArguments, overwrite: bool) -> str | 
     return last
 
 
-def load_data(
-    data_args: DataTrainingArguments, model_args: ModelArguments, training_args: TrainingArguments
-) -> datasets.DatasetDict:
+def load_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> datasets.DatasetDict:
     if data_args.embedded:
         return build_embedded_task()
     if data_args.task_name is not None:
@@ -302,7 +300,7 @@ def main() -> None:
         if not data_args.embedded:
             raise ValueError("model_name_or_path=None; name a checkpoint, such as google-bert/bert-base-cased.")
         model_name = embedded_model_folder()
-    data = load_data(data_args, model_args, training_args)
+    data = load_data(data_args, model_args)
     task_name = data_args.task_name
     suffixes = ("_matched", "_mismatched") if task_name == "mnli" else ("",)
     if training_args.do_predict and f"test{suffixes[0]}" not in data:

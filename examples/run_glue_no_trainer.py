@@ -189,7 +189,7 @@ def main() -> None:
         if not args.embedded:
             raise ValueError("model_name_or_path=None; name a checkpoint, such as google-bert/bert-base-cased.")
         model_name = embedded_model_folder()
-    data = load_data(data_args, ModelArguments(), None)
+    data = load_data(data_args, ModelArguments())
     labels = class_labels(data["train"])
     is_regression = labels is None
     config = AutoConfig.from_pretrained(
