@@ -28,6 +28,7 @@ extras["test"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
+    "expecttest>=0.2",  # torch.testing._internal imports it
     "trl>=0.25",
     *extras["plot"],
     *extras["examples"],

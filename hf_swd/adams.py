@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,8 @@ from torch.optim.optimizer import (
 )
 
 from .grad_norm import by_kind, local_part
-from .schedule import DecaySchedule, check_reference_steps
+from .schedule import DecaySchedule
+from .validation import check_options, check_process_group, check_reference_steps
 
 
 if TYPE_CHECKING:
@@ -95,21 +95,22 @@ class AdamS(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        _check_options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        check_options(options)
         check_reference_steps(reference_steps)
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        check_process_group(process_group)
+        super().__init__(params, **options)
         self._decay_schedule = DecaySchedule(self, reference_steps=reference_steps, process_group=process_group)
 
     @property
@@ -127,7 +128,7 @@ class AdamS(torch.optim.AdamW):
         return self._decay_schedule.clip_grad_norm_(max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_options(param_group)
+        check_options(param_group)
         super().add_param_group(param_group)
 
     @_use_grad_for_differentiable
@@ -166,7 +167,11 @@ class AdamS(torch.optim.AdamW):
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([local_part(t) for t in ts] for ts in lists)
         if fused:
             # These kernels walk through memory, and on CPU they do not look at strides.
-            fused = all(map(_same_layout, params, grads, exp_avgs, exp_avg_sqs))
+            fused = all(
+                map(
+                    _same_layout, params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])
+                )
+            )
             # A loaded state may have `step` on the host.
             for i, p in enumerate(p for p in group["params"] if p.grad is not None):
                 if steps[i].device != params[i].device:
@@ -262,10 +267,10 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return [n for n, p in model.named_parameters() if id(p) not in norms and not _NO_DECAY.search(n.lower())]
 
 
-def _same_layout(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the elements of the four correspond in memory, in which there are no gaps."""
+def _same_layout(p: Tensor, *others: Tensor) -> bool:
+    """Whether the elements of all correspond in memory, in which there are no gaps."""
     stride = p.stride()
-    if not stride == grad.stride() == exp_avg.stride() == exp_avg_sq.stride():
+    if any(other.stride() != stride for other in others):
         return False
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == stride
 
@@ -274,27 +279,3 @@ _graph_capture_check = (
     getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
     or torch.optim.Optimizer._cuda_graph_capture_health_check
 )
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Range and type of the hyperparameters among `options`, each error naming argument, value and remedy."""
-    for name, what in (("lr", "a learning rate"), ("eps", "a small constant"), ("weight_decay", "a decay strength")):
-        if name in options:
-            _check_number(name, options[name], f"{what} of at least 0", lambda value: 0 <= value < math.inf)
-    if "betas" in options:
-        betas = options["betas"]
-        if not isinstance(betas, Iterable) or isinstance(betas, (str, Tensor)) or len(list(betas)) != 2:
-            raise TypeError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
-        for i, beta in enumerate(betas):
-            _check_number(f"betas[{i}]", beta, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-            raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
-
-
-def _check_number(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name}={value!r}: expected {expected}, a number, not {type(value).__name__}")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected {expected}; a tensor must have 1 element, not shape {tuple(value.shape)}")
-    if not in_range(value):
-        raise ValueError(f"{name}={float(value):g}: expected {expected}")

@@ -26,6 +26,7 @@ from .grad_norm import (
 )
 from .moments import maximum_sums, moment_sums
 from .recurrence import SecondMomentMean
+from .validation import check_number, check_process_group, check_reference_steps
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["DecaySchedule", "Engine", "check_reference_steps", "schedule_of"]
+__all__ = ["DecaySchedule", "Engine", "schedule_of"]
 
 # Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
 _LARGEST_DECAY = 1.0 - 2.0**-52
@@ -48,15 +49,6 @@ def schedule_of(optimizer: Any) -> DecaySchedule | None:
             return attributes["_decay_schedule"]
         optimizer = attributes.get("optimizer")
     return None
-
-
-def check_reference_steps(reference_steps: int) -> None:
-    if isinstance(reference_steps, bool) or not isinstance(reference_steps, int):
-        raise TypeError(f"reference_steps={reference_steps!r}: expected an int, a number of optimizer steps (0: off)")
-    if reference_steps < 0:
-        raise ValueError(
-            f"reference_steps={reference_steps}: expected 0 (the paper's schedule) or a positive number of steps"
-        )
 
 
 class Engine(Protocol):
@@ -102,6 +94,7 @@ class DecaySchedule:
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_reference_steps(reference_steps)
+        check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
         self._fixed_beta2 = beta2
         self.process_group = process_group
@@ -173,12 +166,11 @@ class DecaySchedule:
             `Tensor`: 0-d float32, the norm before clipping, of all shards.
 
         Raises:
-            ValueError: `max_norm` is not positive.
+            TypeError, ValueError: `max_norm` is not a positive number.
         """
-        if not max_norm > 0:
-            raise ValueError(
-                f"max_norm={max_norm}: expected a positive number; leave clip_grad_norm_ out for no clipping"
-            )
+        check_number(
+            "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
+        )
         params, grads, active = self._gradients()
         self._follow(params)
         squares = squared_norms(grads)

@@ -9,6 +9,7 @@ import torch
 
 from . import group_keys
 from .schedule import DecaySchedule, schedule_of
+from .validation import check_number
 
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class ScheduledWeightDecay(DecaySchedule):
             raise ValueError(
                 f"beta2=None: {type(optimizer).__name__} has no betas to take it from; pass beta2=0.999, for instance"
             )
-        if beta2 is not None and not 0 <= beta2 < 1:
-            raise ValueError(f"beta2={beta2}: expected a number in [0, 1)")
+        if beta2 is not None:
+            check_number("beta2", beta2, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
         super().__init__(optimizer, beta2=beta2, reference_steps=reference_steps, process_group=process_group)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 

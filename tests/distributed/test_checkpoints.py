@@ -144,12 +144,7 @@ def test_reference_steps_go_on(results: Results, variant: Variant) -> None:
 # From 2 processes to 1 and to 4
 
 
-OFFLOAD = {"optim": "cpu_adams", "offload": "cpu"}
-ZERO = {
-    "zero2": {"stage": 2},
-    "zero3": {"stage": 3},
-    "zero3-offload": {"stage": 3, **OFFLOAD},
-}
+ZERO = {"zero2": {"stage": 2}, "zero3": {"stage": 3}}
 
 
 def spec(id: str, function: str, **kwargs: Any) -> dict[str, Any]:
@@ -191,7 +186,7 @@ def resumed_by(
 @pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
-    ["fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3-offload", marks=needs_deepspeed)],
+    ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)],
 )
 def test_saved_by_two_processes(resumed_by: Callable[[int], dict[str, Results]], name: str, world: int) -> None:
     check_resumed(resumed_by(world)[name], reference())
@@ -199,8 +194,8 @@ def test_saved_by_two_processes(resumed_by: Callable[[int], dict[str, Results]],
 
 @needs_deepspeed
 def test_universal_checkpoint_of_stage_3_keeps_the_schedule(resumed_by: Callable[[int], dict[str, Results]]) -> None:
-    # DeepSpeed gives all sub-groups one and the same step tensor, which torch's kernels then count up once for each: the bias
-    # corrections of AdamW are wrong as well (0.7 of the distance). The schedule counts its own steps.
+    # The weights are not the uninterrupted run's, of AdamW neither (0.7 of the distance, deepspeed 0.19.8, also from 2 to 2
+    # processes): what the universal checkpoint of stage 3 restores is not what was saved. The schedule is.
     for value in value_of(resumed_by(1)["zero3"]):
         assert value["step_count"] == STEPS
         (decay,) = value["decays"][0]

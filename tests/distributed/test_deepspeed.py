@@ -40,7 +40,6 @@ ZERO_12, ZERO_3, BF16 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3
         variant("zero3-accumulation", "zero", stage=3, expect=ZERO_3, micros=2, slow=True),
         variant("zero2-config-file", "zero", stage=2, expect=ZERO_12, config_file=True),
         variant("zero2-scheduled-adamw", "zero", stage=2, expect=ZERO_12, optim="scheduled", slow=True),
-        variant("zero2-round-robin", "zero", stage=2, expect=ZERO_12, round_robin_gradients=True, slow=True),
         variant("zero1-4", "zero", world=4, stage=1, expect=ZERO_12, slow=True),
         variant("zero2-4", "zero", world=4, stage=2, expect=ZERO_12, slow=True),
         variant("zero3-4", "zero", world=4, stage=3, expect=ZERO_3, slow=True),
@@ -116,7 +115,9 @@ def test_offload_to_nvme(results: Results) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
+        # Stage 0 keeps no full-precision weights, begins with a step of zeros at full lr, and does not scale the loss up.
         variant("zero0-bf16", "both", stage=0, dtype="bf16", slow=True),
+        variant("zero0-fp16", "both", stage=0, dtype="fp16", slow=True),
         variant("zero1-bf16", "both", stage=1, dtype="bf16", expect=ZERO_12, slow=True),
         variant("zero2-bf16", "both", stage=2, dtype="bf16", expect=ZERO_12),
         variant("zero3-bf16", "both", stage=3, dtype="bf16", expect=ZERO_3),
@@ -125,14 +126,13 @@ def test_offload_to_nvme(results: Results) -> None:
         variant("zero3-bf16-offload", "both", stage=3, dtype="bf16", offload="cpu", cpu_adam=True, slow=True),
     ],
 )
-def test_bf16_is_as_good_as_adamw(results: Results) -> None:
+def test_low_precision_is_as_good_as_adamw(results: Results) -> None:
     _check_both(results)
 
 
 @pytest.mark.parametrize(
     "variant",
     [
-        variant("zero0-fp16", "zero_fp16", stage=0, slow=True),
         variant("zero1-fp16", "zero_fp16", stage=1, slow=True),
         variant("zero2-fp16", "zero_fp16", stage=2),
         variant("zero3-fp16", "zero_fp16", stage=3),
