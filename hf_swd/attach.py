@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .schedule import DecaySchedule, schedule_of
-from .zero import bind_zero, find_zero_optimizer
+from .zero import bind_zero, find_zero_optimizer, refuse_unscaled_fp16
 
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> DecaySchedule:
     zero_optimizer = find_zero_optimizer(optimizer) or find_zero_optimizer(model)
     if zero_optimizer is not None:
         return bind_zero(zero_optimizer)
+    refuse_unscaled_fp16(optimizer)
     schedule = schedule_of(optimizer)
     if schedule is None:
         raise ValueError(

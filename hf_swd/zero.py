@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["ZeroEngine", "bind_zero", "find_zero_optimizer"]
+__all__ = ["ZeroEngine", "bind_zero", "find_zero_optimizer", "refuse_unscaled_fp16"]
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
@@ -41,6 +41,24 @@ def find_zero_optimizer(optimizer: Any) -> Any | None:
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
     return None
+
+
+def refuse_unscaled_fp16(optimizer: Any) -> None:
+    """
+    Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never multiplied by: Adam
+    hardly notices gradients that are all 2^16 times too small, a decay relative to them does.
+
+    Raises:
+        RuntimeError: the wrapper around the optimizer has a loss scale.
+    """
+    while optimizer is not None:
+        config = getattr(optimizer, "loss_scale_config", None)
+        if type(optimizer).__module__.startswith("deepspeed.runtime.fp16.") and getattr(config, "cur_scale", 1) != 1:
+            raise RuntimeError(
+                "scheduled weight decay cannot run with fp16 under DeepSpeed's ZeRO stage 0, where gradients are divided by a loss scale "
+                "that the loss was not multiplied by: use stage 1 or bf16"
+            )
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 class ZeroEngine:

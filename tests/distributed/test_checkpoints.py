@@ -52,7 +52,7 @@ def check_resumed(
         variant("fsdp2-unsharded", "fsdp2_resume", unsharded=["classifier"]),
         variant("hsdp", "fsdp2_resume", world=4, mesh=[2, 2], slow=True),
         variant("fsdp1-full", "fsdp1_resume"),
-        variant("fsdp1-sharded", "fsdp1_resume", state_type="sharded"),
+        variant("fsdp1-sharded", "fsdp1_resume", state_type="sharded", slow=True),
     ],
 )
 def test_torch_engines(results: Results) -> None:
@@ -63,17 +63,23 @@ def test_torch_engines(results: Results) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        variant("zero0", "zero_resume", stage=0),
-        variant("zero1", "zero_resume", stage=1),
+        variant("zero0", "zero_resume", stage=0, slow=True),
+        variant("zero1", "zero_resume", stage=1, slow=True),
         variant("zero2", "zero_resume", stage=2),
         variant("zero2-attach-after-load", "zero_resume", stage=2, attach="after"),
         variant("zero3", "zero_resume", stage=3),
         variant("zero3-attach-after-load", "zero_resume", stage=3, attach="after", slow=True),
         variant("zero3-sub-groups", "zero_resume", stage=3, sub_group=3000, slow=True),
-        variant("zero2-three-groups", "zero_resume", stage=2, options={"split": True}),
+        variant("zero2-three-groups", "zero_resume", stage=2, options={"split": True}, slow=True),
         variant("zero2-offload", "zero_resume", stage=2, optim="cpu_adams", offload="cpu"),
         variant(
-            "zero2-offload-attach-after-load", "zero_resume", stage=2, optim="cpu_adams", offload="cpu", attach="after"
+            "zero2-offload-attach-after-load",
+            "zero_resume",
+            stage=2,
+            optim="cpu_adams",
+            offload="cpu",
+            attach="after",
+            slow=True,
         ),
         variant("zero3-offload", "zero_resume", stage=3, optim="cpu_adams", offload="cpu", slow=True),
     ],
@@ -124,7 +130,7 @@ def test_from_adamw_to_adams(results: Results) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        variant("fsdp2-reference-4", "fsdp2_resume", options={"reference_steps": 4}),
+        variant("fsdp2-reference-4", "fsdp2_resume", options={"reference_steps": 4}, slow=True),
         variant("fsdp2-reference-9", "fsdp2_resume", options={"reference_steps": 9}),
         variant("zero2-reference-4", "zero_resume", stage=2, options={"reference_steps": 4}, marks=[needs_deepspeed]),
         variant(
