@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from .grad_norm import by_kind, local_part
+from .grad_norm import by_kind, local_parts, scale_
 from .schedule import DecaySchedule
 from .validation import check_options, check_process_group, check_reference_steps
 
@@ -123,9 +123,24 @@ class AdamS(torch.optim.AdamW):
         """sqrt(v_bar) of the last step, 0.0 before the first. Reading it makes the host wait for an accelerator."""
         return self._decay_schedule.grad_rms
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradients to a total norm and keep that norm for the coming step: see [`DecaySchedule.clip_grad_norm_`]."""
-        return self._decay_schedule.clip_grad_norm_(max_norm)
+    def clip_grad_norm_(self, max_norm: float, *, defer: bool = False) -> Tensor:
+        """
+        Clip the gradients to a total 2-norm, and keep the norm for the coming `step()`, which then need not read them.
+
+        Args:
+            max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
+            defer (`bool`, defaults to `False`): leave the gradients as they are and scale them in `step()`, where torch's fused kernel does
+                so on the way: a pass over them less. Until then `p.grad` is not clipped, and must not be changed.
+
+        Returns:
+            `Tensor`: 0-d float32, the norm before clipping, of all shards.
+
+        Raises:
+            TypeError, ValueError: `max_norm` is not a positive number.
+            RuntimeError: from `step()`, before any weight changes: gradients were changed after a deferred clipping.
+        """
+        defer = defer and not any(group["differentiable"] for group in self.param_groups)
+        return self._decay_schedule.clip(max_norm, defer=defer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_options(param_group)
@@ -158,24 +173,32 @@ class AdamS(torch.optim.AdamW):
         return loss
 
     def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
-        with_grad = [local_part(p) for p in group["params"] if p.grad is not None]
+        with_grad = local_parts([p for p in group["params"] if p.grad is not None])
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
             fused, _ = _default_to_fused_or_foreach(with_grad, group["differentiable"], use_fused=True)
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group({**group, "fused": fused}, *lists)
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = ([local_part(t) for t in ts] for ts in lists)
+        lists = [local_parts(tensors) for tensors in lists]
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule.deferred_clip
         if fused:
             # These kernels walk through memory, and on CPU they do not look at strides.
-            fused = all(
-                map(
-                    _same_layout, params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])
-                )
+            fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists) or all(
+                map(_same_layout, *(tensors for tensors in lists[:-1] if tensors))
             )
             # A loaded state may have `step` on the host.
             for i, p in enumerate(p for p in group["params"] if p.grad is not None):
                 if steps[i].device != params[i].device:
                     steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
+        if clip is not None:
+            if fused and all(
+                grad.dtype != torch.float64 for grad in grads
+            ):  # the kernels read a float32 and divide by it
+                inverse = clip.reciprocal().float()
+                grad_scale = inverse if grad_scale is None else grad_scale * inverse.to(grad_scale.device)
+            else:
+                scale_(grads, clip)
         if isinstance(decay, Tensor) and not decay.requires_grad:
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
@@ -191,7 +214,7 @@ class AdamS(torch.optim.AdamW):
             capturable=group["capturable"],
             differentiable=group["differentiable"],
             fused=fused,
-            grad_scale=getattr(self, "grad_scale", None),
+            grad_scale=grad_scale,
             found_inf=getattr(self, "found_inf", None),
             has_complex=has_complex,
             amsgrad=group["amsgrad"],
@@ -224,6 +247,7 @@ class AdamS(torch.optim.AdamW):
             raise RuntimeError(
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
             )
+        self._decay_schedule.settle_clipping()
         self._decay_schedule.publish()
         return super().__getstate__()
 

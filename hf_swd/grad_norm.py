@@ -26,7 +26,9 @@ __all__ = [
     "accumulation_dtype",
     "by_kind",
     "local_part",
+    "local_parts",
     "real_view",
+    "scale_",
     "squared_norms",
     "sums",
     "without_pending_sums",
@@ -39,6 +41,7 @@ _ROW = 1 << 11
 _SLICE_ROWS = 512
 
 _HALF = (torch.float16, torch.bfloat16)
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -57,6 +60,12 @@ def by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype],
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "placements") else tensor
+
+
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """[`local_part`] of each."""
+    # A missing attribute costs a microsecond, and there may be thousands of tensors.
+    return tensors if _PLAIN.issuperset(map(type, tensors)) else [local_part(tensor) for tensor in tensors]
 
 
 def without_pending_sums(tensor: Tensor) -> Tensor:
@@ -85,22 +94,24 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device
     dtype = accumulation_dtype(device)
-    tensors = [real_view(local_part(t)) for t in tensors]
+    tensors = [real_view(t) for t in local_parts(tensors)]
     if torch.is_grad_enabled():
         return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
+    if device.type == "cpu":
+        return _squared_norms_on_cpu(tensors)
     result: list[Tensor | None] = [None] * len(tensors)
     for (kind_device, kind_dtype), indices in by_kind(tensors).items():
-        small = indices
+        kind = [tensors[i] for i in indices]
         if kind_device.type == "cpu":
-            small = [i for i in indices if tensors[i].numel() <= 2 * _ROW]
-            for i in set(indices).difference(small):
-                result[i] = _large_squared_norm(tensors[i]).to(device, dtype)
-        if small:
-            norms = torch._foreach_norm([tensors[i] for i in small], 2, torch.float32 if kind_dtype in _HALF else None)
+            squares = _squared_norms_on_cpu(kind).to(device, dtype, non_blocking=True)
+        else:
+            norms = torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in _HALF else None)
             squares = torch.stack(norms).to(device, dtype, non_blocking=True).square()
-            for i, square in zip(small, squares.unbind(), strict=True):
-                result[i] = square
+        if len(indices) == len(tensors):
+            return squares
+        for i, square in zip(indices, squares.unbind(), strict=True):
+            result[i] = square
     return torch.stack(result)
 
 
@@ -110,7 +121,7 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device
     dtype = accumulation_dtype(device)
-    locals_ = [real_view(local_part(t)) for t in tensors]
+    locals_ = [real_view(t) for t in local_parts(tensors)]
     return torch.stack([t.sum(dtype=accumulation_dtype(t.device)).to(device, dtype) for t in locals_])
 
 
@@ -158,20 +169,30 @@ class ShardedSum:
 
 
 class ClippedGradients:
-    """The squared norms that clipping leaves behind, and whether given gradients are still the clipped ones; holds these weakly."""
+    """
+    What clipping leaves behind for the step: the squared norms, whether given gradients are still the clipped ones, and by what they are
+    yet to be scaled. Holds the gradients weakly.
 
-    def __init__(self, grads: Sequence[Tensor], squares: Tensor) -> None:
+    Args:
+        grads (`Sequence[Tensor]`): the gradients.
+        squares (`Tensor`, shape `(len(grads),)`): their squared norms, once they are scaled.
+        due (0-d `Tensor`, *optional*): the factor that they are still to be multiplied by.
+    """
+
+    def __init__(self, grads: Sequence[Tensor], squares: Tensor, due: Tensor | None = None) -> None:
+        self.due = due
         self._references = [weakref.ref(grad) for grad in grads]
-        self._versions = [local_part(grad)._version for grad in grads]
+        self._versions = _versions(grads)
         self._squares = squares
         self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
         self._probed = squared_norms([grads[self._probe]])
 
-    def are(self, grads: Sequence[Tensor]) -> bool:
+    def are(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these are the clipped gradients, unchanged since, but perhaps for a common factor."""
-        return len(grads) == len(self._references) and all(
-            reference() is grad and version == local_part(grad)._version
-            for reference, version, grad in zip(self._references, self._versions, grads, strict=True)
+        return (
+            len(grads) == len(self._references)
+            and all(reference() is grad is not None for reference, grad in zip(self._references, grads, strict=True))
+            and self._versions == _versions(grads)
         )
 
     def squares_of(self, grads: Sequence[Tensor]) -> Tensor:
@@ -179,6 +200,23 @@ class ClippedGradients:
         # A GradScaler that unscales after clipping leaves no trace in the versions; one small gradient tells by what it divided.
         ratio = squared_norms([grads[self._probe]]) / self._probed
         return self._squares * torch.where(self._probed > 0, ratio, 1.0)
+
+    def settle(self) -> None:
+        """Scale the gradients now, if that is due and they are still there, unchanged."""
+        grads = [reference() for reference in self._references]
+        if self.due is not None and self.are(grads):
+            scale_(grads, self.due)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in local_parts(tensors)]
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors (of a DTensor the part that this rank holds) in place by a number (0-d)."""
+    parts = local_parts(tensors)
+    for (device, dtype), indices in by_kind(parts).items():
+        torch._foreach_mul_([parts[i] for i in indices], factor.to(device, dtype, non_blocking=True))
 
 
 def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
@@ -210,23 +248,41 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _large_squared_norm(tensor: Tensor) -> Tensor:
-    flat = _flat_view(tensor)
-    if flat is None:
-        # Overlapping or gapped memory: copy pieces no larger than a slice.
-        pieces = tensor.split(max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel()))
-        if len(pieces) == 1:
-            return _large_squared_norm(tensor.contiguous())
-        return torch.stack([squared_norms([piece])[0] for piece in pieces]).sum()
-    rows, tail = flat.split([flat.numel() // _ROW * _ROW, flat.numel() % _ROW])
-    rows = rows.view(-1, _ROW)
-    if tensor.dtype in _HALF:
-        norms = torch.cat([torch.linalg.vector_norm(piece.float(), dim=1) for piece in rows.split(_SLICE_ROWS)])
-        tail = tail.float()
-    else:
-        norms = torch.linalg.vector_norm(rows, dim=1)
-    total = norms.double().square().sum()
-    return total + torch.linalg.vector_norm(tail).double().square() if tail.numel() else total
+def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
+    """[`squared_norms`] of tensors of which the first is on the CPU, where one norm must not be over more than a row."""
+    result = torch.zeros(len(tensors), dtype=torch.float64)
+    for (device, dtype), indices in by_kind(tensors).items():
+        owners: list[int] = []  # of each entry of `norms`, whose tensors have `lengths` entries
+        lengths: list[int] = []
+        norms: list[Tensor] = []
+        short: list[tuple[int, Tensor]] = []
+        for i in indices:
+            if tensors[i].numel() <= 2 * _ROW or device.type != "cpu":
+                short.append((i, tensors[i]))
+                continue
+            flat = _flat_view(tensors[i])
+            if flat is None:  # overlapping or gapped memory: copy pieces no larger than a slice
+                size = max(1, tensors[i].shape[0] * _ROW * _SLICE_ROWS // tensors[i].numel())
+                result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in tensors[i].split(size))
+                continue
+            rows, tail = divmod(flat.numel(), _ROW)
+            if tail:
+                short.append((i, flat[rows * _ROW :]))
+            table = flat.as_strided((rows, _ROW), (_ROW, 1))
+            for part in table.split(_SLICE_ROWS) if dtype in _HALF else [table]:
+                owners.append(i)
+                lengths.append(part.shape[0])
+                norms.append(torch.linalg.vector_norm(part.float() if dtype in _HALF else part, dim=1))
+        if short:
+            short_norms = torch._foreach_norm([t for _, t in short], 2, torch.float32 if dtype in _HALF else None)
+            owners.extend(i for i, _ in short)
+            lengths.extend([1] * len(short))
+            norms.append(torch.stack(short_norms).cpu())
+        index = torch.tensor(owners)
+        if norms:
+            squares = torch.cat(norms).double().square()
+            result.index_add_(0, index.repeat_interleave(torch.tensor(lengths)), squares)
+    return result
 
 
 def _flat_view(tensor: Tensor) -> Tensor | None:

@@ -19,8 +19,8 @@ from .grad_norm import (
     ClippedGradients,
     ShardedSum,
     accumulation_dtype,
-    by_kind,
     local_part,
+    scale_,
     squared_norms,
     without_pending_sums,
 )
@@ -103,6 +103,8 @@ class DecaySchedule:
         self._shards_known = False
         self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         self._loaded: tuple[int, Tensor, Tensor] | None = None
+        self.deferred_clip: Tensor | None = None
+        """0-d: what the optimizer must multiply the gradients of this step by, after a deferred clipping."""
         self._clipped: ClippedGradients | None = None
         self._clip_counts: tuple[Any, int] = (0, 0)
         self._warned_cap = False
@@ -154,7 +156,6 @@ class DecaySchedule:
 
     # One step
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """
         Clip the gradients in place to a total 2-norm, and keep the norm for the coming step, which then need not read them.
@@ -168,9 +169,15 @@ class DecaySchedule:
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
         """
+        return self.clip(max_norm, defer=False)
+
+    @torch.no_grad()
+    def clip(self, max_norm: float, *, defer: bool) -> Tensor:
+        """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by `deferred_clip` in the step."""
         check_number(
             "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
         )
+        self.settle_clipping()
         params, grads, active = self._gradients()
         self._follow(params)
         squares = squared_norms(grads)
@@ -178,20 +185,23 @@ class DecaySchedule:
             0, self._activity(active)[0], squares.to(self._mean.sums)
         )
         norm = self._reduce(addends.unsqueeze(1)).squeeze(0).sqrt()
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         clipped, steps = self._clip_counts
-        self._clip_counts = clipped + (factor < 1.0), steps + 1
-        if norm.device.type == "cpu":
-            factor = factor.item()
-        # Asking whether the factor is 1 would make the host wait for an accelerator.
-        if isinstance(factor, Tensor) or factor != 1.0:
-            locals_ = [local_part(grad) for grad in grads]
-            for (device, dtype), indices in by_kind(locals_).items():
-                scale = factor.to(device, dtype, non_blocking=True) if isinstance(factor, Tensor) else factor
-                torch._foreach_mul_([locals_[i] for i in indices], scale)
-            squares = squares * factor**2
-        self._clipped = ClippedGradients(grads, squares) if grads else None
+        self._clip_counts = clipped + (norm + 1e-6 > max_norm), steps + 1
+        factor = None
+        # Asking whether there is something to clip would make the host wait for an accelerator.
+        if max_norm < math.inf and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            squares = squares * factor.to(squares) ** 2
+            if not defer:
+                scale_(grads, factor)
+        self._clipped = ClippedGradients(grads, squares, factor if defer else None) if grads else None
         return norm.float()
+
+    def settle_clipping(self) -> None:
+        """Do what a deferred clipping has left to do, while its gradients are still known."""
+        clipped, self._clipped = self._clipped, None
+        if clipped is not None:
+            clipped.settle()
 
     def update(self) -> list[float | Tensor]:
         """
@@ -205,6 +215,7 @@ class DecaySchedule:
         Raises:
             RuntimeError: a gradient is sparse.
         """
+        self.deferred_clip = None
         groups = self._groups
         begins = self.engine is None or self.engine.begins_step()
         if begins and group_keys.read(groups, "schedule_step") != self._published_step:
@@ -263,6 +274,13 @@ class DecaySchedule:
     def _advance(self, groups: list[dict], grads: list[Tensor], active: list[int]) -> None:
         clipped, self._clipped = self._clipped, None
         reusable = clipped is not None and not torch.is_grad_enabled() and clipped.are(grads)
+        if clipped is not None and clipped.due is not None:
+            if not reusable:
+                raise RuntimeError(
+                    "gradients were changed or replaced between clip_grad_norm_(..., defer=True) and step(): call it after the last change, "
+                    "or without defer"
+                )
+            self.deferred_clip = clipped.due
         squares = clipped.squares_of(grads) if reusable else squared_norms(grads)
         squares = squares.to(self._mean.sums)
         grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
@@ -427,7 +445,7 @@ class DecaySchedule:
         self._mean = SecondMomentMean(*(group_keys.read(self._groups, key) for key in group_keys.SHARED_KEYS))
         self._published_step = self.step_count
         self._params: list[Tensor] = []
-        self._clipped = None
+        self.settle_clipping()
         self._stale = True
 
 

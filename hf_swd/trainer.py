@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import is_sagemaker_mp_enabled
 
 from . import registration
+from .adams import AdamS
 from .attach import attach, is_scheduled
 from .schedule import DecaySchedule, schedule_of
 
@@ -125,7 +126,8 @@ class SWDTrainer(Trainer):
     """
     Trainer that clips gradients with the norm that scheduled weight decay needs anyway: they are read once per step, not twice.
 
-    The trained weights are those of the stock Trainer, up to rounding. It applies to one process and to plain data parallelism (DDP), when
+    With AdamS, gradients are scaled inside its step, by torch's fused kernel, unless a callback looks at them before the step
+    (`on_pre_optimizer_step`). The trained weights are those of the stock Trainer, up to rounding. It applies to one process and to plain data parallelism (DDP), when
     the optimizer has a schedule and holds all trainable parameters of the model; in all other cases it is the stock Trainer.
 
     Args: those of `transformers.Trainer`.
@@ -159,7 +161,17 @@ class SWDTrainer(Trainer):
         if {id(p) for p in held} != trainable or any(hasattr(p, "device_mesh") for p in held):  # a DTensor has a mesh
             return None
         self.accelerator.unscale_gradients(self.optimizer)
+        optimizer = schedule.optimizer
+        if isinstance(optimizer, AdamS):
+            return optimizer.clip_grad_norm_(max_norm, defer=not self._gradients_are_looked_at(optimizer))
         return schedule.clip_grad_norm_(max_norm)
+
+    def _gradients_are_looked_at(self, optimizer: AdamS) -> bool:
+        """Whether someone may read or change gradients between clipping and the step."""
+        callbacks = self.callback_handler.callbacks
+        return bool(optimizer._optimizer_step_pre_hooks) or any(
+            type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step for callback in callbacks
+        )
 
 
 def _largest(optimizer: Any, key: str) -> float:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from lockstep import HYPER, LockStep, parameters
+from lockstep import HYPER, PATHS, LockStep, parameters
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -257,3 +257,126 @@ class TestNormIsShared:
 
         pair.optimizer.step()
         pair.step_reference([self.clipped(gradients[0])])
+
+
+class TestDeferredClipping:
+    """defer=True: the same clipping, inside the step, where the gradients are read and written anyway."""
+
+    MAX_NORM = 0.5
+
+    @staticmethod
+    def clipped(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        factor = min(1.0, TestDeferredClipping.MAX_NORM / (total_norm(gradients) + 1e-6))
+        return [g * factor for g in gradients]
+
+    @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+    @pytest.mark.parametrize("scale", [0.01, 1.0], ids=["not_clipped", "clipped"])
+    def test_weights_are_those_of_clipped_gradients(self, path, dtype, scale):
+        params = parameters(((300, 100), (7,), ()), dtype=dtype)
+        groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0, "lr": 1e-3}]
+        pair = LockStep(groups, path=path)
+        for _ in range(20):
+            gradients = [[g * scale for g in group] for group in pair.gradients()]
+            flat = [g for group in gradients for g in group]
+            expected = self.clipped(flat)
+            pair.set_gradients(gradients)
+            norm = pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+            assert norm.item() == pytest.approx(total_norm(flat), rel=1e-6)
+            assert all(torch.equal(p.grad, g) for p, g in zip(pair.params, flat, strict=True))
+            pair.optimizer.step()
+            pair.step_reference([expected[:1], expected[1:]])
+            for p, g in zip(pair.params, expected, strict=True):
+                torch.testing.assert_close(p.grad, g, rtol=2e-7 if dtype == torch.float32 else 1e-12, atol=0)
+
+    def test_gradients_are_read_once_for_the_norm_and_written_only_in_the_kernel(self):
+        pair = LockStep([{"params": parameters(((300, 100), (7,), ()), dtype=torch.float32)}])
+        pair.run(1)
+        pair.set_gradients(pair.gradients())
+
+        with Reads(pair.params[0].grad) as reads:
+            pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+            pair.optimizer.step()
+
+        assert reads.names == [
+            "linalg_vector_norm",
+            "_foreach_norm",
+            "_fused_adamw_",
+        ]  # rows, and what is left of them
+
+    @pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
+    def test_norm_that_is_not_finite_is_what_clipping_in_place_makes_of_it(self, value):
+        def run(defer):
+            torch.manual_seed(0)
+            params = parameters(dtype=torch.float32)
+            optimizer = AdamS(params, **HYPER)
+            for p in params:
+                p.grad = torch.randn_like(p)
+            params[0].grad[0, 0] = value
+            optimizer.clip_grad_norm_(1.0, defer=defer)
+            optimizer.step()
+            return params
+
+        for mine, theirs in zip(run(True), run(False), strict=True):
+            torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+    @pytest.mark.parametrize("change", TestNormIsShared.CHANGES.values(), ids=TestNormIsShared.CHANGES)
+    def test_changed_gradients_stop_the_step_before_a_weight_changes(self, change):
+        """Whether they are to be clipped cannot be known."""
+        pair = TestNormIsShared.pair()
+        pair.run(2)
+        pair.set_gradients(pair.gradients())
+        pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+        change(pair.params)
+        weights = [p.detach().clone() for p in pair.params]
+
+        with pytest.raises(RuntimeError, match="without defer"):
+            pair.optimizer.step()
+
+        assert all(torch.equal(p, w) for p, w in zip(pair.params, weights, strict=True))
+
+    def test_step_that_is_left_out_leaves_nothing_behind(self):
+        """NaN guards: clip, look at the norm, skip the step; the next gradients are clipped by their own norm."""
+        pair = TestNormIsShared.pair()
+        pair.set_gradients([[g * 100 for g in pair.gradients()[0]]])
+        pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+        pair.optimizer.zero_grad()
+        gradients = pair.gradients()
+        pair.set_gradients(gradients)
+        pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+
+        pair.optimizer.step()
+        pair.step_reference([self.clipped(gradients[0])])
+
+    @pytest.mark.parametrize("between", ["clip_again", "load_state_dict", "deepcopy"])
+    def test_what_needs_clipped_gradients_finds_them(self, between):
+        pair = TestNormIsShared.pair()
+        pair.run(2)
+        state = copy.deepcopy(pair.optimizer.state_dict())
+        gradients = pair.gradients()
+        pair.set_gradients(gradients)
+        pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+        if between == "clip_again":
+            assert pair.optimizer.clip_grad_norm_(1e9).item() == pytest.approx(self.MAX_NORM, rel=1e-5)
+        elif between == "load_state_dict":
+            pair.optimizer.load_state_dict(state)
+        else:
+            copy.deepcopy(pair.optimizer)
+
+        for p, g in zip(pair.params, self.clipped(gradients[0]), strict=True):
+            torch.testing.assert_close(p.grad, g)
+        pair.optimizer.step()
+        pair.step_reference([self.clipped(gradients[0])])
+
+    def test_with_a_grad_scaler_that_has_unscaled(self):
+        pair = TestNormIsShared.pair()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))  # a scaler is born at its first use
+        for _ in range(5):
+            gradients = pair.gradients()
+            pair.set_gradients(gradients, scale=1024.0)
+            scaler.unscale_(pair.optimizer)
+            pair.optimizer.clip_grad_norm_(self.MAX_NORM, defer=True)
+            scaler.step(pair.optimizer)
+            scaler.update()
+            pair.step_reference([self.clipped(gradients[0])])

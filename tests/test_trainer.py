@@ -256,6 +256,29 @@ def test_swd_trainer_trains_like_the_trainer_and_reads_gradients_once(tmp_path, 
     assert stock.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
 
 
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_swd_trainer_shows_clipped_gradients_to_callbacks_that_look(tmp_path, looked_at):
+    """Nobody looks: the clipping is left to the optimizer's kernel, which goes over the gradients anyway."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+
+    class Passes(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (func.overloadpacket.__name__,)
+            return func(*args, **(kwargs or {}))
+
+    with Passes() as passes:
+        train(tmp_path, SWDTrainer, max_grad_norm=0.01, trainer_kwargs={"callbacks": [Look()] if looked_at else []})
+
+    assert seen == [pytest.approx(0.01, rel=1e-3)] * (6 if looked_at else 0)
+    assert ("_foreach_mul_" in passes.names) == looked_at
+
+
 def test_swd_trainer_clips_by_itself_when_the_optimizer_has_only_part_of_the_model(tmp_path):
     def run(trainer_class):
         model = tiny_bert()
