@@ -15,9 +15,13 @@ extras = {
     "plot": ["matplotlib>=3.8"],
     "deepspeed": ["deepspeed>=0.18"],
     "quality": ["ruff==0.17.6"],
+    # Only for AdamS.use_triton; torch's CUDA builds bring it along.
+    "triton": ['triton>=3.2; platform_system == "Linux"'],
+    "benchmark": ["matplotlib>=3.8", "pytorch_optimizer>=4.0"],
     "examples": [
         "datasets>=3.0",
         "evaluate>=0.4.3",
+        "pillow>=10.0",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
         # The embedded BERT of examples/run_glue.py: published by an individual, its weights are checked before use.
@@ -31,6 +35,7 @@ extras["test"] = [
     "expecttest>=0.2",  # torch.testing._internal imports it
     "trl>=0.25",
     *extras["plot"],
+    *extras["triton"],
     *extras["examples"],
 ]
 extras["dev"] = [*extras["test"], *extras["quality"], *extras["deepspeed"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
+from . import triton_adam
 from .grad_norm import by_kind, local_parts, scale_
 from .schedule import DecaySchedule
 from .validation import check_options, check_process_group, check_reference_steps
@@ -78,6 +80,10 @@ class AdamS(torch.optim.AdamW):
     Gradient-Norm Perspective*, NeurIPS 2023, arXiv 2011.11152. (Not the AdamS of 2025, another optimizer.)
     """
 
+    # Whether a decay that stays on a CUDA device is applied by the Triton kernel instead of a multiplication before torch's. Off until it
+    # has been measured on a GPU.
+    use_triton: bool = os.environ.get("HF_SWD_TRITON") == "1"
+
     def __init__(
         self,
         params: ParamsT,
@@ -139,7 +145,8 @@ class AdamS(torch.optim.AdamW):
             TypeError, ValueError: `max_norm` is not a positive number.
             RuntimeError: from `step()`, before any weight changes: gradients were changed after a deferred clipping.
         """
-        defer = defer and not any(group["differentiable"] for group in self.param_groups)
+        # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
+        defer = defer and not any(group["differentiable"] or group["amsgrad"] for group in self.param_groups)
         return self._decay_schedule.clip(max_norm, defer=defer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,38 +199,39 @@ class AdamS(torch.optim.AdamW):
                 if steps[i].device != params[i].device:
                     steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
         if clip is not None:
-            if fused and all(
-                grad.dtype != torch.float64 for grad in grads
-            ):  # the kernels read a float32 and divide by it
+            # The kernels divide by it, and take it as a float32.
+            if fused and all(grad.dtype != torch.float64 for grad in grads):
                 inverse = clip.reciprocal().float()
                 grad_scale = inverse if grad_scale is None else grad_scale * inverse.to(grad_scale.device)
             else:
                 scale_(grads, clip)
+        beta1, beta2 = group["betas"]
+        options = {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "amsgrad": group["amsgrad"],
+            "maximize": group["maximize"],
+            "grad_scale": grad_scale,
+            "found_inf": getattr(self, "found_inf", None),
+        }
         if isinstance(decay, Tensor) and not decay.requires_grad:
+            numbers = not any(isinstance(beta, Tensor) for beta in (beta1, beta2))
+            if fused and self.use_triton and params and numbers and triton_adam.is_available(params[0].device):
+                triton_adam.adamw_(*lists, decay=decay, **options)
+                return
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
-        beta1, beta2 = group["betas"]
         adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
+            *lists,
             foreach=group["foreach"],
             capturable=group["capturable"],
             differentiable=group["differentiable"],
             fused=fused,
-            grad_scale=grad_scale,
-            found_inf=getattr(self, "found_inf", None),
             has_complex=has_complex,
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
             weight_decay=decay,
-            eps=group["eps"],
-            maximize=group["maximize"],
+            **options,
         )
 
     def _decay_on_device(self, params: list[Tensor], lr: float | Tensor, decay: Tensor) -> None:

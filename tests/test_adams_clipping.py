@@ -289,6 +289,16 @@ class TestDeferredClipping:
             for p, g in zip(pair.params, expected, strict=True):
                 torch.testing.assert_close(p.grad, g, rtol=2e-7 if dtype == torch.float32 else 1e-12, atol=0)
 
+    def test_with_amsgrad(self):
+        pair = LockStep([{"params": parameters(dtype=torch.float32)}], amsgrad=True)
+        for _ in range(5):
+            gradients = pair.gradients()
+            pair.set_gradients(gradients)
+            pair.optimizer.clip_grad_norm_(0.2, defer=True)
+            factor = 0.2 / (total_norm(gradients[0]) + 1e-6)
+            pair.optimizer.step()
+            pair.step_reference([[g * factor for g in gradients[0]]])
+
     def test_gradients_are_read_once_for_the_norm_and_written_only_in_the_kernel(self):
         pair = LockStep([{"params": parameters(((300, 100), (7,), ()), dtype=torch.float32)}])
         pair.run(1)
