@@ -183,7 +183,8 @@ class AdamS(torch.optim.AdamW):
         with_grad = local_parts([p for p in group["params"] if p.grad is not None])
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
-            fused, _ = _default_to_fused_or_foreach(with_grad, group["differentiable"], use_fused=True)
+            kinds = {(p.device, p.dtype): p for p in with_grad}
+            fused, _ = _default_to_fused_or_foreach([*kinds.values()], group["differentiable"], use_fused=True)
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group({**group, "fused": fused}, *lists)
         lists = [local_parts(tensors) for tensors in lists]

@@ -278,10 +278,10 @@ def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
             owners.extend(i for i, _ in short)
             lengths.extend([1] * len(short))
             norms.append(torch.stack(short_norms).cpu())
-        index = torch.tensor(owners)
         if norms:
             squares = torch.cat(norms).double().square()
-            result.index_add_(0, index.repeat_interleave(torch.tensor(lengths)), squares)
+            totals = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths))
+            result.index_add_(0, torch.tensor(owners), totals)
     return result
 
 

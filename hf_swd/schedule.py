@@ -258,16 +258,17 @@ class DecaySchedule:
         params, grads, active = [], [], []
         for group in self._groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.is_sparse:
+                grad = p.grad
+                if grad is not None:
+                    if grad.is_sparse:
                         raise RuntimeError(
                             f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay needs "
                             "dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
                         )
-                    if hasattr(p.grad, "placements"):
-                        p.grad = without_pending_sums(p.grad)
+                    if type(grad) is not Tensor:
+                        grad = p.grad = without_pending_sums(grad)
                     active.append(len(params))
-                    grads.append(p.grad)
+                    grads.append(grad)
                 params.append(p)
         return params, grads, active
 
