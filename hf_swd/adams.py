@@ -195,10 +195,10 @@ class AdamS(torch.optim.AdamW):
             fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists) or all(
                 map(_same_layout, *(tensors for tensors in lists[:-1] if tensors))
             )
-            # A loaded state may have `step` on the host.
-            for i, p in enumerate(p for p in group["params"] if p.grad is not None):
-                if steps[i].device != params[i].device:
-                    steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
+            if any(not p.is_cpu for p in params):  # a loaded state may have `step` on the host
+                for i, p in enumerate(p for p in group["params"] if p.grad is not None):
+                    if steps[i].device != params[i].device:
+                        steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
         if clip is not None:
             # The kernels divide by it, and take it as a float32.
             if fused and all(grad.dtype != torch.float64 for grad in grads):

@@ -185,7 +185,7 @@ class ClippedGradients:
         self._versions = _versions(grads)
         self._squares = squares
         self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
-        self._probed = squared_norms([grads[self._probe]])
+        self._probed = self._sample(grads)
 
     def are(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these are the clipped gradients, unchanged since, but perhaps for a common factor."""
@@ -197,9 +197,15 @@ class ClippedGradients:
 
     def squares_of(self, grads: Sequence[Tensor]) -> Tensor:
         """Their squared norms, of shape `(len(grads),)`."""
-        # A GradScaler that unscales after clipping leaves no trace in the versions; one small gradient tells by what it divided.
-        ratio = squared_norms([grads[self._probe]]) / self._probed
+        # A GradScaler that unscales after clipping leaves no trace in the versions; a small gradient, or a part, tells by what it divided.
+        ratio = self._sample(grads) / self._probed
         return self._squares * torch.where(self._probed > 0, ratio, 1.0)
+
+    def _sample(self, grads: Sequence[Tensor]) -> Tensor:
+        grad = local_part(grads[self._probe])
+        if grad.numel() > 2 * _ROW:
+            grad = grad.reshape(-1)[:: grad.numel() // _ROW]
+        return squared_norms([grad])
 
     def settle(self) -> None:
         """Scale the gradients now, if that is due and they are still there, unchanged."""

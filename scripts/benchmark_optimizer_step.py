@@ -406,7 +406,7 @@ def machine(arguments) -> list[str]:
     return [
         f"- device: {name}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}",
-        f"- command: `python scripts/benchmark_optimizer_step.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"- command: `python {' '.join(['scripts/benchmark_optimizer_step.py', *sys.argv[1:]])}`",
         f"- date: {datetime.date.today().isoformat()}",
     ]
 

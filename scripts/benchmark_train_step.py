@@ -16,6 +16,7 @@ import csv
 import datetime
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,8 +32,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import hf_swd
-from hf_swd import SWDTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hf_swd  # noqa: E402
+from hf_swd import SWDTrainer  # noqa: E402
 
 
 BASELINE = "Trainer, adamw_torch_fused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 from functools import partial
 from typing import Any
@@ -107,7 +108,19 @@ def test_offload(results: Results, variant: Variant) -> None:
 
 @pytest.mark.parametrize(
     "variant",
-    [variant("zero3-nvme", "zero", stage=3, optim="cpu_adams", offload="nvme", slow=True)],
+    [
+        variant(
+            "zero3-nvme",
+            "zero",
+            stage=3,
+            optim="cpu_adams",
+            offload="nvme",
+            slow=True,
+            marks=[
+                pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="needs libaio (Debian: libaio-dev)")
+            ],
+        )
+    ],
 )
 def test_offload_to_nvme(results: Results) -> None:
     check_run(results, reference())
