@@ -34,6 +34,9 @@ extras["test"] = [
     "hypothesis>=6.100",
     "expecttest>=0.2",  # torch.testing._internal imports it
     "trl>=0.25",
+    "peft>=0.17",
+    "optuna>=4.0",
+    "wandb>=0.20",
     *extras["plot"],
     *extras["triton"],
     *extras["examples"],
