@@ -180,13 +180,21 @@ def check_sha256(weights: Path, expected: str = EMBEDDED_MODEL_SHA256) -> None:
         )
 
 
-def parse_arguments() -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+def parse_arguments(kinds: tuple[type, ...]) -> tuple:
+    """The dataclasses `kinds`, from the command line or from the one file that it names."""
+    parser = HfArgumentParser(kinds)
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
         return parser.parse_yaml_file(yaml_file=os.path.abspath(sys.argv[1]))
     return parser.parse_args_into_dataclasses()
+
+
+def save_model(trainer: hf_swd.SWDTrainer) -> None:
+    """Saves the whole model into --output_dir, under FSDP too, where checkpoints hold shards."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
 
 
 def set_up_logging(training_args: TrainingArguments) -> None:
@@ -289,7 +297,7 @@ def make_compute_metrics(config_name: str, is_regression: bool) -> Callable[[Eva
 
 
 def main() -> None:
-    model_args, data_args, training_args = parse_arguments()
+    model_args, data_args, training_args = parse_arguments((ModelArguments, DataTrainingArguments, TrainingArguments))
     set_up_logging(training_args)
     logger.info(f"Training arguments: {training_args}")
     checkpoint = find_checkpoint(training_args, data_args.overwrite_output_dir) if training_args.do_train else None
@@ -371,7 +379,7 @@ def main() -> None:
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(train_dataset)}
-        trainer.save_model()
+        save_model(trainer)
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()

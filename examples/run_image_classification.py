@@ -30,7 +30,6 @@ import logging
 import math
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,13 +41,19 @@ import torch
 from embedded_images import build_embedded_images
 from embedded_task import majority_baseline
 from PIL import Image
-from run_glue import find_checkpoint, label_numbers, make_compute_metrics, set_up_logging
+from run_glue import (
+    find_checkpoint,
+    label_numbers,
+    make_compute_metrics,
+    parse_arguments,
+    save_model,
+    set_up_logging,
+)
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    HfArgumentParser,
     PretrainedConfig,
     PreTrainedModel,
     TrainerCallback,
@@ -168,15 +173,6 @@ class DataTrainingArguments:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1, or nothing for all samples.")
-
-
-def parse_arguments() -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(json_file=os.path.abspath(sys.argv[1]))
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(yaml_file=os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
 
 
 # --- data ---
@@ -443,7 +439,7 @@ def checkpoints_that_can_be_resumed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def main() -> None:
-    model_args, data_args, training_args = parse_arguments()
+    model_args, data_args, training_args = parse_arguments((ModelArguments, DataTrainingArguments, TrainingArguments))
     set_up_logging(training_args)
     logger.setLevel(training_args.get_process_log_level())
     logger.info(f"Training arguments: {training_args}")
@@ -494,11 +490,7 @@ def main() -> None:
         with checkpoints_that_can_be_resumed(model):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(train_dataset)}
-        if (
-            trainer.is_fsdp_enabled
-        ):  # a sharded state is for checkpoints; without this there would be no model in --output_dir
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model()
+        save_model(trainer)
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()

@@ -143,7 +143,8 @@ class AdamS(torch.optim.AdamW):
 
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
-            RuntimeError: from `step()`, before any weight changes: gradients were changed after a deferred clipping.
+            RuntimeError: under DeepSpeed ZeRO, which clips by itself; from `step()`, before any weight changes: gradients were changed after a
+                deferred clipping.
         """
         # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
         defer = defer and not any(group["differentiable"] or group["amsgrad"] for group in self.param_groups)
@@ -183,7 +184,7 @@ class AdamS(torch.optim.AdamW):
         with_grad = local_parts([p for p in group["params"] if p.grad is not None])
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
-            kinds = {(p.device, p.dtype): p for p in with_grad}
+            kinds = {(type(p), p.device, p.dtype): p for p in with_grad}
             fused, _ = _default_to_fused_or_foreach([*kinds.values()], group["differentiable"], use_fused=True)
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group({**group, "fused": fused}, *lists)

@@ -168,6 +168,7 @@ class DecaySchedule:
 
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
+            RuntimeError: under DeepSpeed ZeRO, which clips by itself.
         """
         return self.clip(max_norm, defer=False)
 
@@ -177,6 +178,11 @@ class DecaySchedule:
         check_number(
             "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
         )
+        if self.engine is not None:
+            raise RuntimeError(
+                "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its config (max_grad_norm of a "
+                "Trainer does) instead of calling clip_grad_norm_"
+            )
         self.settle_clipping()
         params, grads, active = self._gradients()
         self._follow(params)

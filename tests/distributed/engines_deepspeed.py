@@ -190,6 +190,7 @@ def refused(
     optim: str = "adams",
     different_betas: bool = False,
     amsgrad: bool = False,
+    own_clipping: bool = False,
     **options: Any,
 ) -> dict:
     """A configuration that must stop at `attach` or in the first step: the message, and the weights before and after."""
@@ -209,6 +210,8 @@ def refused(
     def run() -> None:
         if attach:
             hf_swd.attach(wrapped)
+        if own_clipping:
+            base_optimizer(engine).clip_grad_norm_(MAX_NORM)
         train(engine, last=1)
 
     message = message_of(run)

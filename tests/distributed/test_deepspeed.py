@@ -200,6 +200,7 @@ REFUSED = {
     "zenflow": "zenflow",
     "experts": "expert-parallel",
     "zero0-fp16": "stage 0",
+    "own-clipping": "gradient_clipping",
 }
 
 
@@ -221,6 +222,7 @@ REFUSED = {
         ),
         variant("experts", "refused_experts"),
         variant("zero0-fp16", "refused", stage=0, dtype="fp16"),
+        variant("own-clipping", "refused", stage=2, own_clipping=True),
     ],
 )
 def test_what_cannot_be_right_stops_before_a_weight_changes(results: Results, variant: Variant) -> None:
