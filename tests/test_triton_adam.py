@@ -304,6 +304,29 @@ def test_empty_lists_and_tensors(interpreter):
     assert mine[5][0] == 1
 
 
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "clipped_in_step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adams_on_this_kernel_equals_the_reference(interpreter, monkeypatch, dtype, clip, amsgrad):
+    calls = []
+    kernel = triton_adam.adamw_
+    monkeypatch.setattr(triton_adam, "adamw_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
+    monkeypatch.setattr(AdamS, "use_triton", True)
+    params = parameters(dtype=dtype)
+    pair = LockStep([{"params": params[:2]}, {"params": params[2:], "lr": 1e-3}], amsgrad=amsgrad)
+    pair.optimizer.schedule.host_decay = False  # as on an accelerator
+    for _ in range(5):
+        gradients = pair.gradients()
+        pair.set_gradients(gradients)
+        if clip:
+            pair.optimizer.clip_grad_norm_(0.2, defer=True)
+            norm = math.sqrt(sum(g.double().square().sum().item() for group in gradients for g in group))
+            gradients = [[g * (0.2 / (norm + 1e-6)) for g in group] for group in gradients]
+        pair.optimizer.step()
+        pair.step_reference(gradients)
+    assert len(calls) == 10
+
+
 def test_available_in_the_interpreter(interpreter):
     assert triton_adam.is_available(torch.device("cpu"))
     assert not triton_adam.is_available(torch.device("cuda"))  # the interpreter would follow its pointers on the host
@@ -344,29 +367,6 @@ def test_compiles_to_accesses_of_16_bytes(compiled, dtype, monkeypatch):
     assert "bar.sync" not in ptx
     assert "sqrt.approx" not in ptx
     assert not any(f"{operation}.f64" in ptx for operation in ("mul", "add", "fma.rn", "div.rn"))
-
-
-@pytest.mark.parametrize("clip", [False, True], ids=["step", "clipped_in_step"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_adams_on_this_kernel_equals_the_reference(interpreter, monkeypatch, dtype, clip, amsgrad):
-    calls = []
-    kernel = triton_adam.adamw_
-    monkeypatch.setattr(triton_adam, "adamw_", lambda *args, **kwargs: (calls.append(1), kernel(*args, **kwargs)))
-    monkeypatch.setattr(AdamS, "use_triton", True)
-    params = parameters(dtype=dtype)
-    pair = LockStep([{"params": params[:2]}, {"params": params[2:], "lr": 1e-3}], amsgrad=amsgrad)
-    pair.optimizer.schedule.host_decay = False  # as on an accelerator
-    for _ in range(5):
-        gradients = pair.gradients()
-        pair.set_gradients(gradients)
-        if clip:
-            pair.optimizer.clip_grad_norm_(0.2, defer=True)
-            norm = math.sqrt(sum(g.double().square().sum().item() for group in gradients for g in group))
-            gradients = [[g * (0.2 / (norm + 1e-6)) for g in group] for group in gradients]
-        pair.optimizer.step()
-        pair.step_reference(gradients)
-    assert len(calls) == 10
 
 
 class TestGPU:
