@@ -127,8 +127,9 @@ class SWDTrainer(Trainer):
     Trainer that clips gradients with the norm that scheduled weight decay needs anyway: they are read once per step, not twice.
 
     With AdamS, gradients are scaled inside its step, by torch's fused kernel, unless a callback looks at them before the step
-    (`on_pre_optimizer_step`). The trained weights are those of the stock Trainer, up to rounding. It applies to one process and to plain data parallelism (DDP), when
-    the optimizer has a schedule and holds all trainable parameters of the model; in all other cases it is the stock Trainer.
+    (`on_pre_optimizer_step`). The trained weights are those of the stock Trainer, up to rounding. It applies to one process and to plain
+    data parallelism (DDP), when the optimizer has a schedule and holds all trainable parameters of the model; in all other cases it is
+    the stock Trainer.
 
     Args: those of `transformers.Trainer`.
 

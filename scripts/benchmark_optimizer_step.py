@@ -182,12 +182,16 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def time_in_turn(
-    functions: dict[str, Callable[[], object]], repetitions: int, device: torch.device
+    functions: dict[str, Callable[[], object]],
+    repetitions: int,
+    device: torch.device,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function, in every repetition once; two repetitions warm up."""
+    """Milliseconds of each function, in every repetition once; two repetitions warm up. `before` runs before each, not timed."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 2):
         for name, function in functions.items():
+            before()
             elapsed = timed(function, device)
             if repetition >= 2:
                 times[name].append(elapsed)
@@ -224,19 +228,18 @@ def compare(suite: str, case: str, shapes: list[tuple[int, ...]], field: list[Co
         clip = what == "clip"
         grads = [p.grad for p in params]
 
-        def run(contender: Contender, clip: bool = clip) -> None:
-            contender.step(optimizers[contender.name], params, clip)
-
-        times: dict[str, list[float]] = {c.name: [] for c in field if clip or not c.own_clipping}
-        for repetition in range(arguments.repetitions + 2):
-            for contender in field:
-                if contender.name not in times:
-                    continue
-                if clip:
-                    torch._foreach_mul_(grads, 2.0)  # above the largest norm again; also before the first of a round
-                elapsed = timed(lambda c=contender: run(c), device)
-                if repetition >= 2:
-                    times[contender.name].append(elapsed)
+        functions = {
+            c.name: lambda c=c, clip=clip: c.step(optimizers[c.name], params, clip)
+            for c in field
+            if clip or not c.own_clipping
+        }
+        times = time_in_turn(
+            functions,
+            arguments.repetitions,
+            device,
+            # Above the largest norm again, whoever clipped last.
+            (lambda grads=grads: torch._foreach_mul_(grads, 2.0)) if clip else (lambda: None),
+        )
         rows += rows_of(times, BASELINE, suite=suite, case=case, what=what, **size)
     copy = torch.empty(size["parameters"], device=device)
     source = torch.empty_like(copy)
