@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 from . import triton_adam
 from .grad_norm import by_kind, local_parts, scale_
 from .schedule import DecaySchedule
-from .validation import check_options, check_process_group, check_reference_steps
+from .validation import check_flag, check_options, check_process_group, check_reference_steps
 
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class AdamS(torch.optim.AdamW):
         amsgrad (`bool`, defaults to `False`): use the maximum of v instead of v (also in v_bar; a slower path).
         reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` its meaning in AdamW: it is the effective decay up to step
             K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
+        unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by the same moving
+            average, instead of from Adam's moments. Every step must then be clipped by [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by
+            DeepSpeed ZeRO. For training in which most steps are clipped, whose v_bar would otherwise be constant.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is then the mean
             over all of them (one all-reduce of 16 bytes a step). Not for replicas (DDP), which need nothing.
         maximize (`bool`, defaults to `False`): go along the gradient instead of against it.
@@ -67,7 +70,8 @@ class AdamS(torch.optim.AdamW):
 
     Raises:
         TypeError, ValueError: an argument, or an option of a parameter group, has a wrong type or is out of range.
-        RuntimeError: from `step()`, before any weight changes: a gradient is sparse.
+        RuntimeError: from `step()`, before any weight changes: a gradient is sparse; with `unclipped_norm` the norm before clipping is
+            not known.
 
     Example:
 
@@ -94,6 +98,7 @@ class AdamS(torch.optim.AdamW):
         amsgrad: bool = False,
         *,
         reference_steps: int = 0,
+        unclipped_norm: bool = False,
         process_group: ProcessGroup | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -115,9 +120,12 @@ class AdamS(torch.optim.AdamW):
         }
         check_options(options)
         check_reference_steps(reference_steps)
+        check_flag("unclipped_norm", unclipped_norm)
         check_process_group(process_group)
         super().__init__(params, **options)
-        self._decay_schedule = DecaySchedule(self, reference_steps=reference_steps, process_group=process_group)
+        self._decay_schedule = DecaySchedule(
+            self, reference_steps=reference_steps, unclipped_norm=unclipped_norm, process_group=process_group
+        )
 
     @property
     def schedule(self) -> DecaySchedule:
@@ -264,7 +272,7 @@ class AdamS(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_decay_schedule" not in self.__dict__:
-            self._decay_schedule = DecaySchedule(self, reference_steps=self.param_groups[0].get("reference_steps", 0))
+            self._decay_schedule = DecaySchedule(self)
 
 
 def create_adams(

@@ -6,6 +6,7 @@
 | `initial_weight_decay` | the user's lambda |
 | `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by the user |
 | `reference_steps` | K of the calibration |
+| `unclipped_norm` | whether the schedule follows the gradients before clipping |
 | `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | state of the schedule, the same in all groups and on all ranks |
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 
 __all__ = [
+    "OPTIONS",
     "SHARED_KEYS",
     "adopt_assignment",
     "complete_state_dict",
@@ -29,22 +31,24 @@ __all__ = [
     "write_decay",
 ]
 
+OPTIONS = ("reference_steps", "unclipped_norm")
 SHARED_KEYS = ("schedule_step", "second_moment_mean", "num_elements", "reference_rms")
 
 Group = dict[str, Any]
 
 
-def prepare(group: Group, reference_steps: int) -> None:
-    """Complete a new group."""
+def prepare(group: Group, options: dict[str, Any]) -> None:
+    """Complete a new group; `options` has the keys `OPTIONS`."""
     group.setdefault("initial_weight_decay", group["weight_decay"])
     group.setdefault("scheduled_weight_decay", group["weight_decay"])
-    group.setdefault("reference_steps", reference_steps)
+    for key in OPTIONS:
+        group.setdefault(key, options[key])
 
 
 def remove(group: Group) -> None:
     """Undo [`prepare`]: the group gets the user's decay back."""
     group["weight_decay"] = group.pop("initial_weight_decay")
-    for key in ("scheduled_weight_decay", "reference_steps", *SHARED_KEYS):
+    for key in ("scheduled_weight_decay", *OPTIONS, *SHARED_KEYS):
         group.pop(key, None)
 
 
@@ -92,5 +96,5 @@ def complete_state_dict(own: Sequence[Group], state_dict: dict[str, Any]) -> dic
     for mine, group in zip(own, saved, strict=True):
         decay = mine["initial_weight_decay"]
         ours = {"initial_weight_decay": decay, "weight_decay": decay, "scheduled_weight_decay": decay}
-        groups.append({**group, **ours, "reference_steps": mine["reference_steps"]})
+        groups.append({**group, **ours, **{key: mine[key] for key in OPTIONS}})
     return {**state_dict, "param_groups": groups}

@@ -108,12 +108,13 @@ class SecondMomentMean:
         factor = torch.where(self.reference == 0, 1.0, self.reference / rms) if calibrated else 1 / rms
         return torch.where(self.mean == 0, (self.step == 0).to(factor), factor)
 
-    def reconcile(self, beta2: Tensor, reduce: Callable[..., Tensor]) -> None:
+    def reconcile(self, beta2: Tensor, reduce: Callable[..., Tensor], *, always: bool = False) -> None:
         """After the blocks were rebuilt from an optimizer's moments: the known mean prevails over what they add up to.
 
         Args:
             beta2 (`Tensor`, shape `(blocks,)`): decay rates.
             reduce (`Callable`): as in [`advance`]; with `largest=True` the largest instead of the sum.
+            always (`bool`): scale the sums even to a mean that was not over all blocks, as the moments are of other gradients.
         """
         if self.step == 0:
             # A run that goes on from another optimizer's moments goes on from its step.
@@ -128,7 +129,7 @@ class SecondMomentMean:
             return
         factor = self.mean / mean
         # Moments of low precision add up to less than the truth. By how much is known if the mean was over all of them.
-        if self.mean > 0 and num_elements == self.num_elements and torch.isfinite(factor):
+        if self.mean > 0 and (always or num_elements == self.num_elements) and torch.isfinite(factor):
             self.sums.mul_(factor)
 
     def _mean_of(

@@ -68,6 +68,7 @@ def _count(text: str) -> int:
 # `differentiable` and `process_group` are missing because no Trainer can use them.
 _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "reference_steps": (_count, "a number of optimizer steps, 0 or more"),
+    "unclipped_norm": (_boolean, "true or false"),
     "amsgrad": (_boolean, "true or false"),
     "maximize": (_boolean, "true or false"),
     "capturable": (_boolean, "true or false"),

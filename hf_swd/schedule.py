@@ -26,7 +26,7 @@ from .grad_norm import (
 )
 from .moments import maximum_sums, moment_sums
 from .recurrence import SecondMomentMean
-from .validation import check_number, check_process_group, check_reference_steps
+from .validation import check_flag, check_number, check_process_group, check_reference_steps
 
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Engine(Protocol):
     def begins_step(self) -> bool:
         """Whether this `step()` of the optimizer is the first one of a new optimizer step of the engine."""
 
-    def squared_norm(self) -> Tensor:
-        """0-d: squared norm of the gradient that Adam sees (averaged, unscaled, clipped), of all ranks."""
+    def squared_norm(self, *, clipped: bool) -> Tensor:
+        """0-d: squared norm of the gradient that Adam sees (averaged, unscaled, clipped), of all ranks; or what it was before clipping."""
 
     def second_moment(self) -> tuple[Tensor, float]:
         """Sum of the second moment over all ranks (0-d), and the number of steps in it: (0, 0) before the first step."""
@@ -75,8 +75,11 @@ class DecaySchedule:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
         beta2 (`float`, *optional*): decay rate of the second moment; by default `betas[1]` of each parameter group.
         reference_steps (`int`, defaults to 0): with K > 0 the decay is lambda itself before step K, and from then on relative to
-            the gradient rms of step K. A checkpoint that is loaded brings its own K.
+            the gradient rms of step K.
+        unclipped_norm (`bool`, defaults to `False`): follow the norm that the gradients had before clipping.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
+
+    A checkpoint that is loaded brings its own `reference_steps` and `unclipped_norm`.
 
     References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
     """
@@ -91,9 +94,11 @@ class DecaySchedule:
         *,
         beta2: float | None = None,
         reference_steps: int = 0,
+        unclipped_norm: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_reference_steps(reference_steps)
+        check_flag("unclipped_norm", unclipped_norm)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
         self._fixed_beta2 = beta2
@@ -109,7 +114,7 @@ class DecaySchedule:
         self._clip_counts: tuple[Any, int] = (0, 0)
         self._warned_cap = False
         for group in optimizer.param_groups:
-            group_keys.prepare(group, reference_steps)
+            group_keys.prepare(group, {"reference_steps": reference_steps, "unclipped_norm": unclipped_norm})
         optimizer._decay_schedule = self
         self._handles = [
             optimizer.register_state_dict_pre_hook(lambda _: self.publish()),
@@ -143,6 +148,10 @@ class DecaySchedule:
     @property
     def reference_steps(self) -> int:
         return group_keys.read(self._groups, "reference_steps")
+
+    @property
+    def unclipped_norm(self) -> bool:
+        return bool(group_keys.read(self._groups, "unclipped_norm"))
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -197,7 +206,8 @@ class DecaySchedule:
         # Asking whether there is something to clip would make the host wait for an accelerator.
         if max_norm < math.inf and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            squares = squares * factor.to(squares) ** 2
+            if not self.unclipped_norm:
+                squares = squares * factor.to(squares) ** 2
             if not defer:
                 scale_(grads, factor)
         self._clipped = ClippedGradients(grads, squares, factor if defer else None) if grads else None
@@ -226,8 +236,9 @@ class DecaySchedule:
         begins = self.engine is None or self.engine.begins_step()
         if begins and group_keys.read(groups, "schedule_step") != self._published_step:
             self._read_shared()  # an engine has loaded a checkpoint into the groups
+        options = {key: group_keys.read(groups, key) for key in group_keys.OPTIONS}
         for group in groups:
-            group_keys.prepare(group, self.reference_steps)
+            group_keys.prepare(group, options)
             group_keys.adopt_assignment(group)
         if self.engine is not None:
             if begins:
@@ -289,11 +300,18 @@ class DecaySchedule:
                 )
             self.deferred_clip = clipped.due
         squares = clipped.squares_of(grads) if reusable else squared_norms(grads)
+        unclipped = self.unclipped_norm
+        if unclipped and not reusable and squares.any():
+            raise RuntimeError(
+                "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. Clip with clip_grad_norm_ of the "
+                "optimizer (or of its schedule) after the last change to the gradients, as SWDTrainer does; where nothing is clipped, "
+                "leave unclipped_norm out"
+            )
         squares = squares.to(self._mean.sums)
         grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if grad_scale is not None:
             squares = squares / grad_scale.to(squares).square()
-        amsgrad = any(group.get("amsgrad") for group in groups)
+        amsgrad = not unclipped and any(group.get("amsgrad") for group in groups)
         with_grad = None
         if len(active) < len(self._params):
             index, with_grad = self._activity(active)
@@ -311,7 +329,7 @@ class DecaySchedule:
         )
 
     def _advance_engine(self, groups: list[dict]) -> None:
-        squares = self.engine.squared_norm().reshape(1)
+        squares = self.engine.squared_norm(clipped=not self.unclipped_norm).reshape(1)
         squares = squares.to(accumulation_dtype(squares.device))
         beta2 = torch.as_tensor(self._beta2s(groups)[0], dtype=squares.dtype, device=squares.device).reshape(1)
         if self._stale:
@@ -321,7 +339,7 @@ class DecaySchedule:
                 block_sums, steps = block_sums + total.to(squares), steps + step
             counts = torch.full_like(squares, self.engine.num_elements)
             self._mean.set_blocks(block_sums, steps, counts)
-            self._mean.reconcile(beta2, _sum_of_one)
+            self._mean.reconcile(beta2, _sum_of_one, always=self.unclipped_norm)
             self._stale = False
         self._mean.advance(squares, beta2, reduce=_sum_of_one, reference_steps=self.reference_steps)
 
@@ -412,7 +430,7 @@ class DecaySchedule:
             self._mean.sums.copy_(loaded[1])
             self._mean.steps.copy_(loaded[2])
         else:
-            self._mean.reconcile(self._beta2_vector(self._groups), self._reduce)
+            self._mean.reconcile(self._beta2_vector(self._groups), self._reduce, always=self.unclipped_norm)
 
     def _activity(self, active: list[int]) -> tuple[Tensor, Tensor]:
         """Index and mask, on the device, of the parameters that have a gradient."""

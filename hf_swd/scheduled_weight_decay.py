@@ -39,6 +39,7 @@ class ScheduledWeightDecay(DecaySchedule):
         beta2 (`float`, *optional*, in [0, 1)): decay rate of the mean second moment; by default `betas[1]` of each group.
         reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` the meaning that it has in AdamW: it is applied as it is
             up to step K, and scheduled relative to the gradients of step K from then on. 0 is the paper's schedule.
+        unclipped_norm (`bool`, defaults to `False`): schedule by the norm that gradients had before clipping, as [`AdamS`] explains.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model.
 
     Raises:
@@ -61,6 +62,7 @@ class ScheduledWeightDecay(DecaySchedule):
         *,
         beta2: float | None = None,
         reference_steps: int = 0,
+        unclipped_norm: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         while not isinstance(optimizer, torch.optim.Optimizer) or "optimizer" in optimizer.__dict__:
@@ -79,7 +81,13 @@ class ScheduledWeightDecay(DecaySchedule):
             )
         if beta2 is not None:
             check_number("beta2", beta2, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
-        super().__init__(optimizer, beta2=beta2, reference_steps=reference_steps, process_group=process_group)
+        super().__init__(
+            optimizer,
+            beta2=beta2,
+            reference_steps=reference_steps,
+            unclipped_norm=unclipped_norm,
+            process_group=process_group,
+        )
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def remove(self) -> None:
@@ -93,12 +101,12 @@ class ScheduledWeightDecay(DecaySchedule):
         del self.optimizer._decay_schedule
 
     def state_dict(self) -> dict[str, Any]:
-        """Complete state: `schedule_step` and `reference_steps` (int), `second_moment_mean`, `num_elements` and `reference_rms`
-        (float), `sums` and `steps` (float64 tensors of shape `(number of parameters,)`)."""
+        """Complete state: `schedule_step` and `reference_steps` (int), `unclipped_norm` (bool), `second_moment_mean`, `num_elements` and
+        `reference_rms` (float), `sums` and `steps` (float64 tensors of shape `(number of parameters,)`)."""
         with torch.no_grad():
             self._follow([p for group in self._groups for p in group["params"]])
         self.publish()
-        shared = {key: group_keys.read(self._groups, key) for key in ("reference_steps", *group_keys.SHARED_KEYS)}
+        shared = {key: group_keys.read(self._groups, key) for key in (*group_keys.OPTIONS, *group_keys.SHARED_KEYS)}
         return {**shared, "sums": self._mean.sums.cpu().clone(), "steps": self._mean.steps.cpu().clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -111,7 +119,7 @@ class ScheduledWeightDecay(DecaySchedule):
         if len(state_dict["sums"]) != count:
             raise ValueError(f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {count}")
         for group in self._groups:
-            group.update({key: state_dict[key] for key in ("reference_steps", *group_keys.SHARED_KEYS)})
+            group.update({key: state_dict[key] for key in (*group_keys.OPTIONS, *group_keys.SHARED_KEYS)})
         self._loaded = state_dict["schedule_step"], state_dict["sums"], state_dict["steps"]
         self._read_shared()
 

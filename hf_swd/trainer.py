@@ -127,9 +127,9 @@ class SWDTrainer(Trainer):
     Trainer that clips gradients with the norm that scheduled weight decay needs anyway: they are read once per step, not twice.
 
     With AdamS, gradients are scaled inside its step, by torch's fused kernel, unless a callback looks at them before the step
-    (`on_pre_optimizer_step`). The trained weights are those of the stock Trainer, up to rounding. It applies to one process and to plain
-    data parallelism (DDP), when the optimizer has a schedule and holds all trainable parameters of the model; in all other cases it is
-    the stock Trainer.
+    (`on_pre_optimizer_step`). The trained weights are those of the stock Trainer, up to rounding. It applies to one process, DDP and
+    FSDP, when the optimizer has a schedule and holds all trainable parameters of the model; in all other cases (DeepSpeed, which clips by
+    itself) it is the stock Trainer. `optim_args="unclipped_norm=true"` needs it, except under DeepSpeed.
 
     Args: those of `transformers.Trainer`.
 
@@ -155,11 +155,10 @@ class SWDTrainer(Trainer):
     def _clip_with_schedule(self, max_norm: float) -> Tensor | None:
         schedule = schedule_of(self.optimizer)
         kind = self.accelerator.distributed_type
-        if schedule is None or not (kind == "NO" or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
+        if schedule is None or not (kind in ("NO", "FSDP") or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
             return None
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if {id(p) for p in held} != trainable or any(hasattr(p, "device_mesh") for p in held):  # a DTensor has a mesh
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if held != {id(p) for p in self.model.parameters() if p.requires_grad}:
             return None
         self.accelerator.unscale_gradients(self.optimizer)
         optimizer = schedule.optimizer
@@ -204,7 +203,7 @@ def _check_clipping(optimizer: Any, max_norm: float, enough_logs: int) -> None:
     schedule = schedule_of(optimizer)
     watch = _watches[schedule]
     user_decay = _largest(optimizer, "initial_weight_decay")
-    if max_norm <= 0 or user_decay == 0 or "clipping" in watch.said:
+    if max_norm <= 0 or user_decay == 0 or "clipping" in watch.said or schedule.unclipped_norm:
         return
     clipped, seen = (now - before for now, before in zip(schedule.clip_statistics(), watch.clips_before, strict=True))
     enough, of_what = _ENOUGH_STEPS, "steps"
@@ -225,7 +224,8 @@ def _check_clipping(optimizer: Any, max_norm: float, enough_logs: int) -> None:
         "clipping",
         f"{clipped} of {seen} {of_what} were clipped to max_grad_norm={max_norm:g}. Clipped gradients all have the same norm, so scheduled "
         f"weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with weight_decay={constant:.3g}. To let it follow the "
-        "gradient, raise max_grad_norm above the usual grad_norm of the log, or set max_grad_norm=0.",
+        "gradient, raise max_grad_norm above the usual grad_norm of the log, set max_grad_norm=0, or use hf_swd.SWDTrainer with "
+        'optim_args="unclipped_norm=true".',
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-__all__ = ["check_number", "check_options", "check_process_group", "check_reference_steps"]
+__all__ = ["check_flag", "check_number", "check_options", "check_process_group", "check_reference_steps"]
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -26,9 +26,14 @@ def check_options(options: dict[str, Any]) -> None:
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
             raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
     for name in ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused"):
-        allowed = (True, False, None) if name in ("foreach", "fused") else (True, False)
-        if name in options and not any(options[name] is value for value in allowed):
-            raise TypeError(f"{name}={options[name]!r}: expected one of {', '.join(map(str, allowed))}")
+        if name in options:
+            check_flag(name, options[name], optional=name in ("foreach", "fused"))
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    allowed = (True, False, None) if optional else (True, False)
+    if not any(value is one for one in allowed):
+        raise TypeError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
 
 
 def check_number(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:

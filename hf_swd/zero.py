@@ -98,7 +98,7 @@ class ZeroEngine:
         begins, self._in_new_step = self._in_new_step, False
         return begins
 
-    def squared_norm(self) -> Tensor:
+    def squared_norm(self, *, clipped: bool) -> Tensor:
         norm = getattr(self._zero, "_global_grad_norm", None)
         if norm is None:
             raise RuntimeError(
@@ -108,7 +108,7 @@ class ZeroEngine:
         device = next((p.device for group in self._base.param_groups for p in group["params"]), torch.device("cpu"))
         norm = torch.as_tensor(norm, dtype=torch.float64).to(device)
         norm = torch.where(norm < 0, math.nan, norm)  # DeepSpeed's sign for infinite or NaN
-        if self._zero.clip_grad > 0:
+        if clipped and self._zero.clip_grad > 0:
             norm = norm / ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1)
         return norm.square()
 

@@ -35,12 +35,16 @@ class ReferenceAdamS:
         groups: parameter groups as for a torch optimizer; keys that a group lacks come from `defaults`.
         reference_steps: K; with K > 0 the decay is `weight_decay` before step K and
             `weight_decay * sqrt(v_bar_K / v_bar)` from step K on.
+        unclipped_norm: v_bar is the mean of a second moment of its own, of the gradients before clipping (then never the maximum).
         defaults: lr, betas, eps, weight_decay, amsgrad, maximize.
     """
 
-    def __init__(self, groups: Sequence[dict], *, reference_steps: int = 0, **defaults) -> None:
+    def __init__(
+        self, groups: Sequence[dict], *, reference_steps: int = 0, unclipped_norm: bool = False, **defaults
+    ) -> None:
         self.defaults = {**DEFAULTS, **defaults}
         self.reference_steps = reference_steps
+        self.unclipped_norm = unclipped_norm
         self.steps = 0
         self.v_bar = 0.0
         self.reference_rms = 0.0
@@ -50,44 +54,50 @@ class ReferenceAdamS:
 
     def add_group(self, group: dict) -> None:
         params = [as_real64(p) for p in group["params"]]
-        state = [
-            {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p), "v_max": torch.zeros_like(p)} for p in params
-        ]
+        state = [{"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}} for p in params]
         self.groups.append({**self.defaults, **group, "params": params, "state": state, "decay": None})
 
     @property
     def grad_rms(self) -> float:
         return sqrt(self.v_bar)
 
-    def step(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
-        """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none."""
+    def step(
+        self,
+        gradients: Sequence[Sequence[Tensor | None]],
+        unclipped: Sequence[Sequence[Tensor | None]] | None = None,
+    ) -> None:
+        """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`: what they were
+        before clipping, if it is not the same."""
         present = [
-            (group, p, s, as_real64(g))
-            for group, grads in zip(self.groups, gradients, strict=True)
-            for p, s, g in zip(group["params"], group["state"], grads, strict=True)
+            (group, p, s, as_real64(g), as_real64(u))
+            for group, grads, befores in zip(self.groups, gradients, unclipped or gradients, strict=True)
+            for p, s, g, u in zip(group["params"], group["state"], grads, befores, strict=True)
             if g is not None
         ]
         if not present:
             return
 
-        v_hats = []
-        for group, _, s, g in present:
+        v_hats, u_hats = [], []
+        for group, _, s, g, u in present:
             beta1, beta2 = group["betas"]
             g = -g if group["maximize"] else g
             s["t"] += 1
             s["m"] = beta1 * s["m"] + (1 - beta1) * g
             s["v"] = beta2 * s["v"] + (1 - beta2) * g * g
             s["v_max"] = torch.maximum(s["v_max"], s["v"])
+            s["u"] = beta2 * s["u"] + (1 - beta2) * u * u
             v_hats.append((s["v_max"] if group["amsgrad"] else s["v"]) / (1 - beta2 ** s["t"]))
-        count = sum(v_hat.numel() for v_hat in v_hats)
-        self.v_bar = sum(v_hat.sum().item() for v_hat in v_hats) / count if count else 0.0
+            u_hats.append(s["u"] / (1 - beta2 ** s["t"]))
+        averaged = u_hats if self.unclipped_norm else v_hats
+        count = sum(v_hat.numel() for v_hat in averaged)
+        self.v_bar = sum(v_hat.sum().item() for v_hat in averaged) / count if count else 0.0
         self.steps += 1
         if self.steps >= self.reference_steps > 0 and self.reference_rms == 0:
             self.reference_rms = self.grad_rms
 
         for group in self.groups:
             group["decay"] = self._decay(group)
-        for (group, p, s, _), v_hat in zip(present, v_hats, strict=True):
+        for (group, p, s, *_), v_hat in zip(present, v_hats, strict=True):
             m_hat = s["m"] / (1 - group["betas"][0] ** s["t"])
             p.mul_(1 - group["lr"] * group["decay"])
             p.sub_(group["lr"] * m_hat / (v_hat.sqrt() + group["eps"]))

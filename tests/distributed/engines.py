@@ -20,9 +20,9 @@ from hf_swd.schedule import schedule_of
 Weights = dict[str, Tensor]
 
 
-def _scheduled_adamw(params: Any, **options: Any) -> torch.optim.Optimizer:
+def _scheduled_adamw(params: Any, *, unclipped_norm: bool = False, **options: Any) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(params, **options)
-    hf_swd.ScheduledWeightDecay(optimizer)
+    hf_swd.ScheduledWeightDecay(optimizer, unclipped_norm=unclipped_norm)
     return optimizer
 
 
@@ -106,13 +106,11 @@ def ddp(
     micros: int = 1,
     clip: str = "torch",
     unused: bool = False,
-    reference_steps: int = 0,
+    adam_options: dict | None = None,
     **options: Any,
 ) -> dict:
     model = nn.parallel.DistributedDataParallel(build_model(unused=unused), **options)
-    optimizer = build_optimizer(
-        model.module, optim, **({"reference_steps": reference_steps} if reference_steps else {})
-    )
+    optimizer = build_optimizer(model.module, optim, **(adam_options or {}))
     probe = Probe(optimizer)
     train(model, optimizer, clipper(model, optimizer, clip), probe=probe, micros=micros, no_sync=model.no_sync)
     return probe.report(whole_weights(model.module.named_parameters()))
@@ -151,11 +149,19 @@ def build_fsdp1(
     return model, ignored_params
 
 
-def fsdp1(*, attach: bool = True, optim: str = "adams", clip: str = "exact", **options: Any) -> dict:
+def fsdp1(
+    *,
+    attach: bool = True,
+    optim: str = "adams",
+    clip: str = "exact",
+    adam_options: dict | None = None,
+    **options: Any,
+) -> dict:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, ignored = build_fsdp1(**options)
-    optimizer = build_optimizer(model, optim, one_group=not options.get("use_orig_params", True))
+    one_group = not options.get("use_orig_params", True)
+    optimizer = build_optimizer(model, optim, one_group=one_group, **(adam_options or {}))
     if attach:
         hf_swd.attach(optimizer, model)
     probe = Probe(optimizer)
@@ -235,9 +241,9 @@ def build_fsdp2(
     return model
 
 
-def fsdp2(*, clip: str = "exact", optim: str = "adams", **options: Any) -> dict:
+def fsdp2(*, clip: str = "exact", optim: str = "adams", adam_options: dict | None = None, **options: Any) -> dict:
     model = build_fsdp2(**options)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, optim, **(adam_options or {}))
     probe = Probe(optimizer)
     train(model, optimizer, clipper(model, optimizer, clip), probe=probe)
     return probe.report(whole_weights(model.named_parameters()))
@@ -246,7 +252,9 @@ def fsdp2(*, clip: str = "exact", optim: str = "adams", **options: Any) -> dict:
 # Tensor parallelism
 
 
-def tensor_parallel(*, data: int = 1, clip: str = "exact", optim: str = "adams") -> dict:
+def tensor_parallel(
+    *, data: int = 1, clip: str = "exact", optim: str = "adams", adam_options: dict | None = None
+) -> dict:
     """The feed-forward blocks on a tp mesh (the rest is replicated), with `data` > 1 the whole model under FSDP2 on the other dimension."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -261,7 +269,7 @@ def tensor_parallel(*, data: int = 1, clip: str = "exact", optim: str = "adams")
         for layer in model.bert.encoder.layer:
             fully_shard(layer, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(model, optim, **(adam_options or {}))
     probe = Probe(optimizer)
     rank = mesh.get_local_rank("dp")
     train(model, optimizer, clipper(model, optimizer, clip), probe=probe, data_rank=rank, data_world=data)

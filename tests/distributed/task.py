@@ -99,6 +99,7 @@ def reference(
     one_group: bool = False,
     unused: bool = False,
     reference_steps: int = 0,
+    unclipped_norm: bool = False,
     adamw_steps: int = 0,
 ) -> Run:
     """
@@ -109,7 +110,7 @@ def reference(
         clip (`bool`): to `MAX_NORM`.
         one_group (`bool`): decay every parameter, as flat parameters that mix biases and matrices must.
         unused (`bool`): the model has parameters without gradient.
-        reference_steps (`int`): as of AdamS.
+        reference_steps (`int`), unclipped_norm (`bool`): as of AdamS.
         adamw_steps (`int`): so many steps are AdamW's; AdamS goes on from its moments.
     """
     from reference_adams import ReferenceAdamS
@@ -129,6 +130,7 @@ def reference(
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
         factor = min(1.0, MAX_NORM / (norm.item() + 1e-6)) if clip else 1.0
         clipped += factor < 1
+        unclipped = [[None if p.grad is None else p.grad.clone() for p in group["params"]] for group in param_groups]
         for p in model.parameters():
             if p.grad is not None:
                 p.grad.mul_(factor)
@@ -136,16 +138,18 @@ def reference(
             adamw.step()
             continue
         if adams is None:
-            adams = ReferenceAdamS(param_groups, lr=LR, reference_steps=reference_steps)
+            adams = ReferenceAdamS(param_groups, lr=LR, reference_steps=reference_steps, unclipped_norm=unclipped_norm)
             _take_over(adams, param_groups, adamw)
-        adams.step([[p.grad for p in group["params"]] for group in param_groups])
+        adams.step([[p.grad for p in group["params"]] for group in param_groups], unclipped)
         decays.append(adams.groups[0]["decay"])
         with torch.no_grad():
             for group, new in zip(param_groups, adams.groups, strict=True):
                 for p, value in zip(group["params"], new["params"], strict=True):
                     p.copy_(value)
     assert not clip or clipped >= STEPS // 2, f"{clipped} of {STEPS} steps clipped: the run must really clip"
-    assert reference_steps or optim == "adamw" or 0.003 < LR * min(decays) < LR * max(decays) < 0.1, decays
+    assert (
+        reference_steps or unclipped_norm or optim == "adamw" or 0.003 < LR * min(decays) < LR * max(decays) < 0.1
+    ), decays
     return Run({name: p.detach().clone() for name, p in model.named_parameters()}, decays)
 
 

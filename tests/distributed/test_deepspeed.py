@@ -70,6 +70,22 @@ def test_reference_steps(results: Results) -> None:
     check_run(results, reference(reference_steps=4))
 
 
+UNCLIPPED = {"adam_options": {"unclipped_norm": True}}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("zero1-unclipped-norm", "zero", stage=1, **UNCLIPPED, slow=True),
+        variant("zero2-unclipped-norm", "zero", stage=2, **UNCLIPPED),
+        variant("zero3-unclipped-norm", "zero", stage=3, **UNCLIPPED, slow=True),
+        variant("zero3-offload-unclipped-norm", "zero", stage=3, optim="cpu_adams", offload="cpu", **UNCLIPPED),
+    ],
+)
+def test_schedule_by_the_norm_before_clipping(results: Results) -> None:
+    check_run(results, reference(unclipped_norm=True))
+
+
 @pytest.mark.parametrize(
     "variant",
     [

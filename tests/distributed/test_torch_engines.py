@@ -157,8 +157,28 @@ def test_mixed_precision_is_as_good_as_adamw(results: Results) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        variant("ddp-reference-steps", "ddp", reference_steps=4),
+        variant("ddp-reference-steps", "ddp", adam_options={"reference_steps": 4}),
     ],
 )
 def test_reference_steps(results: Results) -> None:
     check_run(results, reference(reference_steps=4))
+
+
+def unclipped(engine: str, id: str = "", **options):
+    options = {"clip": "shared", "adam_options": {"unclipped_norm": True}, **options}
+    return variant(f"{id or engine}-unclipped-norm", engine, **options)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        unclipped("ddp"),
+        unclipped("fsdp1"),
+        unclipped("fsdp2"),
+        unclipped("fsdp2", "scheduled-adamw", optim="scheduled"),
+        unclipped("tensor_parallel"),
+        unclipped("tensor_parallel", "fsdp2-x-tp", world=4, data=2, slow=True),
+    ],
+)
+def test_schedule_by_the_norm_before_clipping(results: Results) -> None:
+    check_run(results, reference(unclipped_norm=True))

@@ -24,6 +24,11 @@ def resumed(engine: str, **options):
     return trained(engine, f"{engine}-resumed", resume_at=6, **options)
 
 
+def unclipped(engine: str, trainer: str, id: str = "", **options):
+    options = {"optim_args": "unclipped_norm=true", **options}
+    return trained(engine, f"{id or engine}-{trainer}-unclipped-norm", trainer=trainer, **options)
+
+
 @pytest.mark.parametrize(
     "variant",
     [
@@ -54,6 +59,14 @@ def resumed(engine: str, **options):
         resumed("zero2"),
         resumed("zero3"),
         resumed("zero3_offload", slow=True),
+        unclipped("ddp", "SWDTrainer"),
+        unclipped("fsdp1", "SWDTrainer", slow=True),
+        unclipped("fsdp1", "SWDTrainer", "fsdp1-flat", use_orig_params=False, slow=True),
+        unclipped("fsdp2", "SWDTrainer"),
+        unclipped("fsdp2", "SWDTrainer", "fsdp2-resumed", resume_at=6),
+        unclipped("zero2", "Trainer"),
+        unclipped("zero3", "SWDTrainer", "zero3-resumed", resume_at=6, slow=True),
+        unclipped("zero3_offload", "Trainer", slow=True),
         trained("fsdp1", "fsdp1-of-4", world=4, slow=True),
         trained("fsdp2", "fsdp2-of-4", world=4, slow=True),
         trained("zero3", "zero3-of-4", world=4, slow=True),
@@ -63,7 +76,9 @@ def test_trainer_repeats_the_reference(variant, results):
     answers = value_of(results)
     weights = same_on_all_ranks([answer["weights"] for answer in answers])
     # Flat parameters mix biases and matrices: the Trainer decays all of them.
-    reference = task.reference(one_group=variant.kwargs.get("use_orig_params") is False)
+    reference = task.reference(
+        one_group=variant.kwargs.get("use_orig_params") is False, unclipped_norm="optim_args" in variant.kwargs
+    )
     distance = task.distance(weights, reference.weights)
     print(f"distance {distance:.2g}")
     assert distance < 1e-4
