@@ -15,6 +15,7 @@ extras = {
     "plot": ["matplotlib>=3.8"],
     "deepspeed": ["deepspeed>=0.18"],
     "quality": ["ruff==0.17.6"],
+    "docs": ["sphinx>=8.0", "furo>=2025.7", "myst-parser>=4.0"],
     # Only for AdamS.use_triton; torch's CUDA builds bring it along.
     "triton": ['triton>=3.2; platform_system == "Linux"'],
     "benchmark": ["matplotlib>=3.8", "pytorch_optimizer>=4.0"],
@@ -41,7 +42,7 @@ extras["test"] = [
     *extras["triton"],
     *extras["examples"],
 ]
-extras["dev"] = [*extras["test"], *extras["quality"], *extras["deepspeed"]]
+extras["dev"] = [*extras["test"], *extras["quality"], *extras["docs"], *extras["deepspeed"]]
 
 setup(
     name="hf-swd",

@@ -420,7 +420,7 @@ def table(rows: list[dict]) -> list[str]:
         members = [row for row in rows if (row["suite"], row["case"], row["what"]) == key]
         suite, case, what = key
         size = f"{members[0]['parameters'] / 1e6:.1f} M parameters in {members[0]['tensors']} tensors"
-        lines += ["", f"### {suite}: {case}, {'clipping + step' if what == 'clip' else 'step'} ({size})", ""]
+        lines += ["", f"## {suite}: {case}, {'clipping + step' if what == 'clip' else 'step'} ({size})", ""]
         if suite == "memory":
             lines += ["| optimizer | peak above the level before, KiB |", "|---|---:|"]
             lines += [f"| {row['contender']} | {row['peak_extra_bytes'] / 1024:,.0f} |" for row in members]

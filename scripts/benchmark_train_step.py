@@ -137,7 +137,7 @@ def main() -> None:
             for name, (trainer_class, settings) in RUNS.items():
                 print(f"{model}, {name}, round {round_ + 1} of {arguments.rounds} ...", flush=True)
                 watches[name].append(run(*task, trainer_class, settings, arguments))
-        lines += ["", f"### {model}, batch of {arguments.batch_size}", ""]
+        lines += ["", f"## {model}, batch of {arguments.batch_size}", ""]
         lines += ["| run | step, ms | times AdamW | clipping and optimizer, ms | times AdamW | share of the step |"]
         lines += ["|---|---:|---:|---:|---:|---:|"]
         medians = {}
