@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference_adams import ReferenceAdamS  # noqa: E402
 
 import hf_swd  # noqa: E402
-from hf_swd import AdamS, ScheduledWeightDecay  # noqa: E402
+from hf_swd import AdamS, ScheduledWeightDecay, triton_adam  # noqa: E402
 
 
 LR, DECAY, MAX_NORM = 1e-5, 1e-6, 1.0
@@ -84,6 +84,12 @@ def scheduled_adamw(params: list[Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
+class TritonAdamS(AdamS):
+    """With the kernel that reads the decay on the device, whatever HF_SWD_TRITON says."""
+
+    use_triton = True
+
+
 def contenders(device: torch.device) -> list[Contender]:
     adamw, settings = torch.optim.AdamW, {"lr": LR, "weight_decay": DECAY}
     found = [
@@ -96,6 +102,13 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("AdamS single", lambda ps: AdamS(ps, foreach=False, fused=False, **settings), "adams", heavy=True),
         Contender("ScheduledWeightDecay on AdamW fused", scheduled_adamw, "adams"),
     ]
+    if device.type == "cuda" and triton_adam.is_available(device):
+        found += [
+            Contender("AdamS Triton", lambda ps: TritonAdamS(ps, **settings), "adams"),
+            Contender(
+                "AdamS Triton, own clipping", lambda ps: TritonAdamS(ps, **settings), "adams", own_clipping=True
+            ),
+        ]
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import AdamS as OtherAdamS
 
@@ -217,11 +230,30 @@ def rows_of(times: dict[str, list[float]], baseline: str, **common: object) -> l
     return rows
 
 
-def compare(suite: str, case: str, shapes: list[tuple[int, ...]], field: list[Contender], arguments) -> list[dict]:
-    """All contenders on the same parameters and gradients, each with its own state."""
+def share_moments(optimizers: list[torch.optim.Optimizer], params: list[Parameter]) -> None:
+    """One pair of moments for all, where each with its own would not fit into memory; the weights then mean nothing."""
+    first, *others = optimizers
+    first.step()
+    for p in params:
+        for other in others:
+            other.state[p].update({**first.state[p], "step": first.state[p]["step"].clone()})
+
+
+def compare(
+    suite: str,
+    case: str,
+    shapes: list[tuple[int, ...]],
+    field: list[Contender],
+    arguments,
+    *,
+    shared: bool = False,
+) -> list[dict]:
+    """All contenders on the same parameters and gradients, each with its own state, or (`shared`) all with one."""
     device = arguments.device
     params = make(shapes, device)
     optimizers = {contender.name: contender.build(params) for contender in field}
+    if shared:
+        share_moments(list(optimizers.values()), params)
     size = {"parameters": sum(p.numel() for p in params), "tensors": len(params)}
     rows = []
     for what in ("step", "clip"):
@@ -241,6 +273,7 @@ def compare(suite: str, case: str, shapes: list[tuple[int, ...]], field: list[Co
             (lambda grads=grads: torch._foreach_mul_(grads, 2.0)) if clip else (lambda: None),
         )
         rows += rows_of(times, BASELINE, suite=suite, case=case, what=what, **size)
+    size["parameters"] = min(size["parameters"], 10**8)
     copy = torch.empty(size["parameters"], device=device)
     source = torch.empty_like(copy)
     times = time_in_turn({"plain copy (2 words)": lambda: copy.copy_(source)}, arguments.repetitions, device)
@@ -330,11 +363,11 @@ def suite_sizes(arguments) -> list[dict]:
     field = light(arguments)
     rows = []
     for millions in (10, 100, 300, 1000):
-        needed = millions * 10**6 * 4 * (2 + 2 * len(field) + 2)
+        needed = 4 * (millions * 10**6 * 4 + 2 * 10**8)  # bytes: weights, gradients, two moments; the plain copy
         if needed > 0.8 * free_memory(arguments.device):
             print(f"sizes: {millions} M parameters need {needed / 2**30:.0f} GiB, more than there is: left out")
             continue
-        rows += compare("sizes", f"{millions} M", [(10**6, 10)] * (millions // 10), field, arguments)
+        rows += compare("sizes", f"{millions} M", [(10**6, 10)] * (millions // 10), field, arguments, shared=True)
     return rows
 
 

@@ -360,14 +360,14 @@ def test_folders_that_do_not_fit_are_explained(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_config_trains_the_vit(config, tmp_path):
     if config.startswith("zero"):
         pytest.importorskip("deepspeed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/configs/{config}.yaml"]
     command += ["--main_process_port", "0"]
     # The Trainer takes bf16 under DeepSpeed only with --bf16, and that only with a device that is no CPU.
-    fsdp = config == "fsdp2"
+    fsdp = config in ("fsdp2", "hsdp")
     command += ["--fsdp_transformer_layer_cls_to_wrap", "ViTLayer"] if fsdp else ["--mixed_precision", "no"]
     arguments = settings(tmp_path / "out", max_steps=3, use_cpu=None, max_eval_samples=32)
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
