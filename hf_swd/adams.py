@@ -17,7 +17,8 @@ from torch.optim.optimizer import (
 )
 
 from . import triton_adam
-from .grad_norm import by_kind, local_parts, scale_
+from .clipping import scale_
+from .grad_norm import by_kind, local_parts
 from .schedule import DecaySchedule
 from .validation import check_flag, check_options, check_process_group, check_reference_steps
 
@@ -58,7 +59,7 @@ class AdamS(torch.optim.AdamW):
             K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
         unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by the same moving
             average, instead of from Adam's moments. Every step must then be clipped by [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by
-            DeepSpeed ZeRO. For training in which most steps are clipped, whose v_bar would otherwise be constant.
+            DeepSpeed ZeRO. For training in which most steps are clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is then the mean
             over all of them (one all-reduce of 16 bytes a step). Not for replicas (DDP), which need nothing.
         maximize (`bool`, defaults to `False`): go along the gradient instead of against it.

@@ -6,8 +6,6 @@ Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation lo
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,14 +19,12 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ClippedGradients",
     "ShardedSum",
     "accumulation_dtype",
     "by_kind",
     "local_part",
     "local_parts",
     "real_view",
-    "scale_",
     "squared_norms",
     "sums",
     "without_pending_sums",
@@ -166,63 +162,6 @@ class ShardedSum:
             _add(totals, groups[:-1], _all_reduce(totals.pop(groups), groups[-1], largest), largest)
         total = totals[()]
         return total if self._process_group is None else _all_reduce(total, self._process_group, largest)
-
-
-class ClippedGradients:
-    """
-    What clipping leaves behind for the step: the squared norms, whether given gradients are still the clipped ones, and by what they are
-    yet to be scaled. Holds the gradients weakly.
-
-    Args:
-        grads (`Sequence[Tensor]`): the gradients.
-        squares (`Tensor`, shape `(len(grads),)`): their squared norms, once they are scaled.
-        due (0-d `Tensor`, *optional*): the factor that they are still to be multiplied by.
-    """
-
-    def __init__(self, grads: Sequence[Tensor], squares: Tensor, due: Tensor | None = None) -> None:
-        self.due = due
-        self._references = [weakref.ref(grad) for grad in grads]
-        self._versions = _versions(grads)
-        self._squares = squares
-        self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
-        self._probed = self._sample(grads)
-
-    def are(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these are the clipped gradients, unchanged since, but perhaps for a common factor."""
-        return (
-            len(grads) == len(self._references)
-            and all(reference() is grad is not None for reference, grad in zip(self._references, grads, strict=True))
-            and self._versions == _versions(grads)
-        )
-
-    def squares_of(self, grads: Sequence[Tensor]) -> Tensor:
-        """Their squared norms, of shape `(len(grads),)`."""
-        # A GradScaler that unscales after clipping leaves no trace in the versions; a small gradient, or a part, tells by what it divided.
-        ratio = self._sample(grads) / self._probed
-        return self._squares * torch.where(self._probed > 0, ratio, 1.0)
-
-    def _sample(self, grads: Sequence[Tensor]) -> Tensor:
-        grad = local_part(grads[self._probe])
-        if grad.numel() > 2 * _ROW:
-            grad = grad.reshape(-1)[:: grad.numel() // _ROW]
-        return squared_norms([grad])
-
-    def settle(self) -> None:
-        """Scale the gradients now, if that is due and they are still there, unchanged."""
-        grads = [reference() for reference in self._references]
-        if self.due is not None and self.are(grads):
-            scale_(grads, self.due)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in local_parts(tensors)]
-
-
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors (of a DTensor the part that this rank holds) in place by a number (0-d)."""
-    parts = local_parts(tensors)
-    for (device, dtype), indices in by_kind(parts).items():
-        torch._foreach_mul_([parts[i] for i in indices], factor.to(device, dtype, non_blocking=True))
 
 
 def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:

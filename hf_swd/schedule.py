@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from . import group_keys
-from .grad_norm import (
-    ClippedGradients,
-    ShardedSum,
-    accumulation_dtype,
-    local_part,
-    scale_,
-    squared_norms,
-    without_pending_sums,
-)
+from .clipping import Clipping
+from .grad_norm import ShardedSum, accumulation_dtype, local_part, squared_norms, without_pending_sums
 from .moments import maximum_sums, moment_sums
 from .recurrence import SecondMomentMean
 from .validation import check_flag, check_number, check_process_group, check_reference_steps
@@ -110,8 +103,7 @@ class DecaySchedule:
         self._loaded: tuple[int, Tensor, Tensor] | None = None
         self.deferred_clip: Tensor | None = None
         """0-d: what the optimizer must multiply the gradients of this step by, after a deferred clipping."""
-        self._clipped: ClippedGradients | None = None
-        self._clip_counts: tuple[Any, int] = (0, 0)
+        self._clipping = Clipping()
         self._warned_cap = False
         for group in optimizer.param_groups:
             group_keys.prepare(group, {"reference_steps": reference_steps, "unclipped_norm": unclipped_norm})
@@ -160,8 +152,7 @@ class DecaySchedule:
 
     def clip_statistics(self) -> tuple[int, int]:
         """How many steps [`clip_grad_norm_`] has clipped, and how many it has seen. Makes the host wait."""
-        clipped, steps = self._clip_counts
-        return int(clipped), steps
+        return self._clipping.statistics()
 
     # One step
 
@@ -200,24 +191,12 @@ class DecaySchedule:
             0, self._activity(active)[0], squares.to(self._mean.sums)
         )
         norm = self._reduce(addends.unsqueeze(1)).squeeze(0).sqrt()
-        clipped, steps = self._clip_counts
-        self._clip_counts = clipped + (norm + 1e-6 > max_norm), steps + 1
-        factor = None
-        # Asking whether there is something to clip would make the host wait for an accelerator.
-        if max_norm < math.inf and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            if not self.unclipped_norm:
-                squares = squares * factor.to(squares) ** 2
-            if not defer:
-                scale_(grads, factor)
-        self._clipped = ClippedGradients(grads, squares, factor if defer else None) if grads else None
+        self._clipping.clip(grads, squares, norm, max_norm, defer=defer, unclipped=self.unclipped_norm)
         return norm.float()
 
     def settle_clipping(self) -> None:
         """Do what a deferred clipping has left to do, while its gradients are still known."""
-        clipped, self._clipped = self._clipped, None
-        if clipped is not None:
-            clipped.settle()
+        self._clipping.settle()
 
     def update(self) -> list[float | Tensor]:
         """
@@ -290,23 +269,16 @@ class DecaySchedule:
         return params, grads, active
 
     def _advance(self, groups: list[dict], grads: list[Tensor], active: list[int]) -> None:
-        clipped, self._clipped = self._clipped, None
-        reusable = clipped is not None and not torch.is_grad_enabled() and clipped.are(grads)
-        if clipped is not None and clipped.due is not None:
-            if not reusable:
-                raise RuntimeError(
-                    "gradients were changed or replaced between clip_grad_norm_(..., defer=True) and step(): call it after the last change, "
-                    "or without defer"
-                )
-            self.deferred_clip = clipped.due
-        squares = clipped.squares_of(grads) if reusable else squared_norms(grads)
+        squares, self.deferred_clip = self._clipping.take(grads)
         unclipped = self.unclipped_norm
-        if unclipped and not reusable and squares.any():
-            raise RuntimeError(
-                "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. Clip with clip_grad_norm_ of the "
-                "optimizer (or of its schedule) after the last change to the gradients, as SWDTrainer does; where nothing is clipped, "
-                "leave unclipped_norm out"
-            )
+        if squares is None:
+            squares = squared_norms(grads)
+            if unclipped and squares.any():
+                raise RuntimeError(
+                    "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. Clip with "
+                    "clip_grad_norm_ of the optimizer (or of its schedule) after the last change to the gradients, as SWDTrainer does; where "
+                    "nothing is clipped, leave unclipped_norm out"
+                )
         squares = squares.to(self._mean.sums)
         grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if grad_scale is not None:
