@@ -46,6 +46,8 @@ TASKS = {
 }
 NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 METRIC = "eval_accuracy"
+# Of the plot; the colours are of Okabe and Ito's palette for the colour-blind.
+STYLES = (("adams", "AdamS", "o-", "#0072B2"), ("adamw", "AdamW", "s--", "#D55E00"))
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def result_of(run: Run, folder: Path) -> dict:
         "eval_loss": results["eval_loss"],
         "train_loss": results["train_loss"],
         "final_grad_norm": statistics.fmean(norms[-NUM_LAST_LOGS:]),
+        "mean_weight_decay": statistics.fmean(decays),
         "final_weight_decay": decays[-1],
         "train_runtime": results["train_runtime"],
     }
@@ -154,6 +157,7 @@ def table(rows: list[dict]) -> str:
         METRIC: "accuracy",
         "eval_loss": "loss",
         "final_grad_norm": "gradient norm",
+        "mean_weight_decay": "mean decay",
         "final_weight_decay": "final decay",
     }
     lines = [
@@ -169,7 +173,11 @@ def table(rows: list[dict]) -> str:
         mark = " (best)" if best[optimizer] == decay else ""
         name = "adam" if optimizer == "adamw" and decay == 0 else optimizer
         lines.append(f"| {name} | {decay:g}{mark} | {seeds} | {' | '.join(cells)} |")
-    lines += ["", "± is the standard error over the seeds."]
+    lines += [
+        "",
+        f"± is the standard error over the seeds. Gradient norm: before clipping, mean of the last {NUM_LAST_LOGS} logs. Mean and final decay: the "
+        "effective one, over the logs of a run and in the last.",
+    ]
     if {"adams", "adamw"} <= best.keys():
         lines += ["", "Paired differences over the seeds, AdamS minus AdamW, each at its best weight decay:", ""]
         for key, name in keys.items():
@@ -189,24 +197,32 @@ def table(rows: list[dict]) -> str:
 
 
 def plot_robustness(rows: list[dict], path: Path) -> None:
+    """Metric and gradient norm against the decay that a run really had, so that both optimizers share the axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for optimizer, style in (("adams", "o-"), ("adamw", "s--")):
-        decays = sorted({row["weight_decay"] for row in rows if row["optimizer"] == optimizer})
-        for axis, key in zip(axes, (METRIC, "final_grad_norm"), strict=True):
-            points = [mean_and_error(column(rows, optimizer, decay, key)) for decay in decays]
-            means, errors = [mean for mean, _ in points], [0 if math.isnan(error) else error for _, error in points]
-            axis.errorbar(decays, means, errors, fmt=style, capsize=3, label=optimizer)
-    smallest = min((row["weight_decay"] for row in rows if row["weight_decay"] > 0), default=1.0)
-    for axis, label in zip(axes, ("validation accuracy", f"gradient norm, last {NUM_LAST_LOGS} logs"), strict=True):
-        axis.set_xscale("symlog", linthresh=smallest)
-        axis.set_xlabel("weight decay")
+    labels = {METRIC: "validation accuracy", "final_grad_norm": f"L2 norm of the gradient, last {NUM_LAST_LOGS} logs"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for optimizer, name, style, colour in STYLES:
+            decays = sorted({row["weight_decay"] for row in rows if row["optimizer"] == optimizer})
+            points = {decay: mean_and_error(column(rows, optimizer, decay, key)) for decay in decays}
+            if 0.0 in points:  # has no place on a logarithmic axis
+                mean, error = points.pop(0.0)
+                axis.axhline(mean, color="#000000", linestyle=":", label="no decay (Adam)")
+                axis.axhspan(mean - error, mean + error, color="#000000", alpha=0.1, linewidth=0)
+            if points:
+                effective = [statistics.fmean(column(rows, optimizer, decay, "mean_weight_decay")) for decay in points]
+                means, errors = zip(
+                    *((mean, 0 if math.isnan(error) else error) for mean, error in points.values()), strict=True
+                )
+                axis.errorbar(effective, means, errors, fmt=style, color=colour, capsize=3, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel("effective weight decay, mean over the training")
         axis.set_ylabel(label)
-        axis.legend()
+    axes[0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -27,6 +27,7 @@ def row(optimizer, decay, seed, accuracy):
         "eval_loss": 1 - accuracy,
         "final_grad_norm": 2.0,
         "final_weight_decay": decay,
+        "mean_weight_decay": decay,
     }
 
 
