@@ -63,8 +63,17 @@ def test_without_clipping(results: Results) -> None:
     check_run(results, reference(clip=False))
 
 
+REFERENCE_STEPS = {"adam_options": {"reference_steps": 4}}
+
+
 @pytest.mark.parametrize(
-    "variant", [variant("zero2-reference-steps", "zero", stage=2, adam_options={"reference_steps": 4})]
+    "variant",
+    [
+        variant("zero1-reference-steps", "zero", stage=1, **REFERENCE_STEPS, slow=True),
+        variant("zero2-reference-steps", "zero", stage=2, **REFERENCE_STEPS),
+        variant("zero3-reference-steps", "zero", stage=3, **REFERENCE_STEPS, slow=True),
+        variant("zero3-offload-reference-steps", "zero", stage=3, optim="cpu_adams", offload="cpu", **REFERENCE_STEPS),
+    ],
 )
 def test_reference_steps(results: Results) -> None:
     check_run(results, reference(reference_steps=4))

@@ -157,7 +157,8 @@ def test_mixed_precision_is_as_good_as_adamw(results: Results) -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        variant("ddp-reference-steps", "ddp", adam_options={"reference_steps": 4}),
+        variant(f"{engine}-reference-steps", engine, adam_options={"reference_steps": 4})
+        for engine in ("ddp", "fsdp1", "fsdp2", "tensor_parallel")
     ],
 )
 def test_reference_steps(results: Results) -> None:
