@@ -72,12 +72,15 @@ def test_equals_the_reference(dtype, rtol, path, clipping):
         assert ((p.double() - q).abs().max() / q.abs().max()).item() < rtol
 
 
-@pytest.mark.parametrize("clipping", [None, "in_place", "deferred"])
+@pytest.mark.parametrize(
+    ("clipping", "unclipped_norm"),
+    [(None, False), ("in_place", False), ("deferred", False), ("in_place", True), ("deferred", True)],
+)
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_step_does_not_make_the_host_wait(path, clipping):
+def test_step_does_not_make_the_host_wait(path, clipping, unclipped_norm):
     params = parameters()
     # The for-loop implementation of torch's Adam asks for the step count unless it is to be captured.
-    optimizer = AdamS(params, capturable="fused" in path, **HYPER, **path)
+    optimizer = AdamS(params, capturable="fused" in path, unclipped_norm=unclipped_norm, **HYPER, **path)
     for step in range(3):
         set_gradients(params, step)
         clip_and_step(optimizer, clipping)
