@@ -92,8 +92,9 @@ def train(run: Run, deadline: float = math.inf) -> Iterator[dict]:
     arguments = run.arguments
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
-    torch.backends.cudnn.benchmark = True
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     data = load_cifar10(arguments.data)
     subset = random_subset(len(data["train"][1]), arguments.train_images)
     images, labels = (tensor[subset].to(accelerator.device) for tensor in data["train"])

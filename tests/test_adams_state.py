@@ -234,7 +234,7 @@ def test_load_leaves_the_given_state_dict_alone():
 def reference_state(optimizer: torch.optim.Optimizer, p: Parameter) -> dict:
     """What the reference keeps for a parameter, from an AdamW's state."""
     state, zeros = optimizer.state.get(p, {}), torch.zeros_like(p, requires_grad=False)
-    names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
+    names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq", "u": "exp_avg_sq"}
     return {"t": int(state.get("step", 0)), **{name: state.get(key, zeros).clone() for name, key in names.items()}}
 
 
