@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # accelerate needs it, too
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
@@ -374,7 +375,7 @@ def suite_sizes(arguments) -> list[dict]:
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available
 
 
 def suite_reduction(arguments) -> list[dict]:
