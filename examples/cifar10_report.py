@@ -9,10 +9,11 @@ from pathlib import Path
 
 from cifar10_models import WIDTH
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Run
+from compare_optimizers import mean_and_error
+
+from hf_swd.plot import COLOURS
 
 
-# Okabe and Ito's palette for the colour-blind.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 
 
@@ -32,14 +33,12 @@ def result_of(run: Run) -> dict:
     }
 
 
-def mean_and_error(values: list[float | None]) -> str:
+def cell(values: list[float | None]) -> str:
     """Mean ± standard error, as far as there are any."""
     if None in values:
         return "–"
-    mean = f"{statistics.fmean(values):#.3g}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
+    mean, error = mean_and_error(values)
+    return f"{mean:#.3g}" if math.isnan(error) else f"{mean:#.3g} ± {error:.2g}"
 
 
 def scale_of(arguments: argparse.Namespace, num_train: int) -> str:
@@ -67,7 +66,7 @@ def table(runs: list[Run], results: list[dict], scale: str) -> str:
     ]
     for optimizer in arguments.optimizers:
         chosen = [result for run, result in zip(runs, results, strict=True) if run.optimizer == optimizer]
-        cells = [mean_and_error([result[key] for result in chosen]) for key in keys]
+        cells = [cell([result[key] for result in chosen]) for key in keys]
         kind, _, default_lr, paper = OPTIMIZERS[optimizer.kind]
         as_paper = optimizer.is_default and not (optimizer.kind == "adams" and arguments.reference_steps)
         name = kind if optimizer.lr == default_lr else f"{kind}, lr {optimizer.lr:g}"

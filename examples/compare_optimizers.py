@@ -26,6 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hf_swd.plot import COLOURS, plot_runs
+
 
 HERE = Path(__file__).resolve().parent
 SHARED = (
@@ -46,8 +48,7 @@ TASKS = {
 }
 NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 METRIC = "eval_accuracy"
-# Of the plot; the colours are of Okabe and Ito's palette for the colour-blind.
-STYLES = (("adams", "AdamS", "o-", "#0072B2"), ("adamw", "AdamW", "s--", "#D55E00"))
+STYLES = (("adams", "AdamS", "o-", COLOURS[0]), ("adamw", "AdamW", "s--", COLOURS[1]))
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,6 @@ def main() -> None:
     plot_robustness(rows, arguments.output_dir / "robustness.png")
     best = best_decays(rows)
     folders = [str(arguments.output_dir / Run(o, decay, arguments.seeds[0]).name) for o, decay in best.items()]
-    from hf_swd.plot import plot_runs
-
     plot_runs(folders, arguments.output_dir / "training.png")
     print(text)
     print(

@@ -20,7 +20,7 @@ from . import triton_adam
 from .clipping import scale_
 from .grad_norm import by_kind, local_parts
 from .schedule import DecaySchedule
-from .validation import check_flag, check_options, check_process_group, check_reference_steps
+from .validation import check_options
 
 
 if TYPE_CHECKING:
@@ -120,9 +120,6 @@ class AdamS(torch.optim.AdamW):
             "fused": fused,
         }
         check_options(options)
-        check_reference_steps(reference_steps)
-        check_flag("unclipped_norm", unclipped_norm)
-        check_process_group(process_group)
         super().__init__(params, **options)
         self._decay_schedule = DecaySchedule(
             self, reference_steps=reference_steps, unclipped_norm=unclipped_norm, process_group=process_group

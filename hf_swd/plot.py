@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["plot_runs"]
+__all__ = ["COLOURS", "plot_runs"]
 
 _STATE = "trainer_state.json"
 # Title and label of the value axis. What the loss is, and so its unit, is not in the log.
@@ -29,7 +29,7 @@ _PANELS = {
     "swd/weight_decay": ("effective weight decay", "decay per step and unit learning rate"),
 }
 # Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines. Four styles against seven colours: 28 combinations.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D")
 _EVALUATION = {"linewidth": 0.7, "markersize": 5.5, "markerfacecolor": "white", "zorder": 3}
@@ -266,7 +266,7 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
 
 
 def _label(run: _Run) -> str:

@@ -63,34 +63,22 @@ def test_without_clipping(results: Results) -> None:
     check_run(results, reference(clip=False))
 
 
-REFERENCE_STEPS = {"adam_options": {"reference_steps": 4}}
+def each_stage(name: str, **adam_options):
+    options = {"adam_options": adam_options}
+    return [
+        variant(f"zero1-{name}", "zero", stage=1, **options, slow=True),
+        variant(f"zero2-{name}", "zero", stage=2, **options),
+        variant(f"zero3-{name}", "zero", stage=3, **options, slow=True),
+        variant(f"zero3-offload-{name}", "zero", stage=3, optim="cpu_adams", offload="cpu", **options),
+    ]
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        variant("zero1-reference-steps", "zero", stage=1, **REFERENCE_STEPS, slow=True),
-        variant("zero2-reference-steps", "zero", stage=2, **REFERENCE_STEPS),
-        variant("zero3-reference-steps", "zero", stage=3, **REFERENCE_STEPS, slow=True),
-        variant("zero3-offload-reference-steps", "zero", stage=3, optim="cpu_adams", offload="cpu", **REFERENCE_STEPS),
-    ],
-)
+@pytest.mark.parametrize("variant", each_stage("reference-steps", reference_steps=4))
 def test_reference_steps(results: Results) -> None:
     check_run(results, reference(reference_steps=4))
 
 
-UNCLIPPED = {"adam_options": {"unclipped_norm": True}}
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        variant("zero1-unclipped-norm", "zero", stage=1, **UNCLIPPED, slow=True),
-        variant("zero2-unclipped-norm", "zero", stage=2, **UNCLIPPED),
-        variant("zero3-unclipped-norm", "zero", stage=3, **UNCLIPPED, slow=True),
-        variant("zero3-offload-unclipped-norm", "zero", stage=3, optim="cpu_adams", offload="cpu", **UNCLIPPED),
-    ],
-)
+@pytest.mark.parametrize("variant", each_stage("unclipped-norm", unclipped_norm=True))
 def test_schedule_by_the_norm_before_clipping(results: Results) -> None:
     check_run(results, reference(unclipped_norm=True))
 
