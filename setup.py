@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 
 ROOT = Path(__file__).parent
@@ -55,6 +55,8 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_swd", "hf_swd.*"]),
     package_data={"hf_swd": ["py.typed"]},
+    # For speed only: without a C compiler the package works as well.
+    ext_modules=[Extension("hf_swd._squares", ["hf_swd/_squares.c"], optional=True)],
     python_requires=">=3.10",
     # transformers 5.5 is the first whose Trainer looks optimizers up in a table that can be added to.
     install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.10"],

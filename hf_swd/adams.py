@@ -160,6 +160,7 @@ class AdamS(torch.optim.AdamW):
         check_options(param_group)
         super().add_param_group(param_group)
 
+    @torch._disable_dynamo  # inside a compiled function, too, the step runs as it is: torch's kernels have nothing to gain
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
@@ -199,7 +200,7 @@ class AdamS(torch.optim.AdamW):
         grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule.deferred_clip
         if fused:
             # These kernels walk through memory, and on CPU they do not look at strides.
-            fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists) or all(
+            fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists[:-1]) or all(
                 map(_same_layout, *(tensors for tensors in lists[:-1] if tensors))
             )
             if any(not p.is_cpu for p in params):  # a loaded state may have `step` on the host

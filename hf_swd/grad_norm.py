@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .cpu_norm import squared_norms_on_cpu
 
 
 if TYPE_CHECKING:
@@ -30,13 +33,8 @@ __all__ = [
     "without_pending_sums",
 ]
 
-# A float32 accumulation over a row of 2^11 elements is right to 2.5e-7 even for values of bfloat16 precision (what autocast
-# leaves in float32 gradients), whose rounding errors all have one sign; longer rows are not. Rows are summed in float64.
-_ROW = 1 << 11
-# Low-precision gradients are widened a slice at a time: 512 rows are 4 MiB of float32.
-_SLICE_ROWS = 512
-
 _HALF = (torch.float16, torch.bfloat16)
+_KIND = attrgetter("device", "dtype")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -48,8 +46,8 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 def by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     """Indices of the tensors of each device and dtype, which multi-tensor kernels take together."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        kinds[tensor.device, tensor.dtype].append(index)
+    for index, kind in enumerate(map(_KIND, tensors)):
+        kinds[kind].append(index)
     return kinds
 
 
@@ -90,20 +88,21 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device
     dtype = accumulation_dtype(device)
-    tensors = [real_view(t) for t in local_parts(tensors)]
+    tensors = local_parts(tensors)
+    if any(map(torch.is_complex, tensors)):
+        tensors = [real_view(t) for t in tensors]
     if torch.is_grad_enabled():
         return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
-    if device.type == "cpu":
-        return _squared_norms_on_cpu(tensors)
     result: list[Tensor | None] = [None] * len(tensors)
     for (kind_device, kind_dtype), indices in by_kind(tensors).items():
         kind = [tensors[i] for i in indices]
         if kind_device.type == "cpu":
-            squares = _squared_norms_on_cpu(kind).to(device, dtype, non_blocking=True)
+            squares = squared_norms_on_cpu(kind)
         else:
-            norms = torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in _HALF else None)
-            squares = torch.stack(norms).to(device, dtype, non_blocking=True).square()
+            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in _HALF else None))
+            squares = squares.to(accumulation_dtype(kind_device)).square()
+        squares = squares.to(device, dtype, non_blocking=device.type != "cpu")
         if len(indices) == len(tensors):
             return squares
         for i, square in zip(indices, squares.unbind(), strict=True):
@@ -191,47 +190,3 @@ def _all_reduce(values: Tensor, group: ProcessGroup, largest: bool) -> Tensor:
 def real_view(tensor: Tensor) -> Tensor:
     """A complex tensor as a real one of its real and imaginary parts; any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
-    """[`squared_norms`] of tensors of which the first is on the CPU, where one norm must not be over more than a row."""
-    result = torch.zeros(len(tensors), dtype=torch.float64)
-    for (device, dtype), indices in by_kind(tensors).items():
-        owners: list[int] = []  # of each entry of `norms`, whose tensors have `lengths` entries
-        lengths: list[int] = []
-        norms: list[Tensor] = []
-        short: list[tuple[int, Tensor]] = []
-        for i in indices:
-            if tensors[i].numel() <= 2 * _ROW or device.type != "cpu":
-                short.append((i, tensors[i]))
-                continue
-            flat = _flat_view(tensors[i])
-            if flat is None:  # overlapping or gapped memory: copy pieces no larger than a slice
-                size = max(1, tensors[i].shape[0] * _ROW * _SLICE_ROWS // tensors[i].numel())
-                result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in tensors[i].split(size))
-                continue
-            rows, tail = divmod(flat.numel(), _ROW)
-            if tail:
-                short.append((i, flat[rows * _ROW :]))
-            table = flat.as_strided((rows, _ROW), (_ROW, 1))
-            for part in table.split(_SLICE_ROWS) if dtype in _HALF else [table]:
-                owners.append(i)
-                lengths.append(part.shape[0])
-                norms.append(torch.linalg.vector_norm(part.float() if dtype in _HALF else part, dim=1))
-        if short:
-            short_norms = torch._foreach_norm([t for _, t in short], 2, torch.float32 if dtype in _HALF else None)
-            owners.extend(i for i, _ in short)
-            lengths.extend([1] * len(short))
-            norms.append(torch.stack(short_norms).cpu())
-        if norms:
-            squares = torch.cat(norms).double().square()
-            totals = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths))
-            result.index_add_(0, torch.tensor(owners), totals)
-    return result
-
-
-def _flat_view(tensor: Tensor) -> Tensor | None:
-    """One-dimensional view of a tensor whose elements fill their memory exactly, in memory order; else `None`."""
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    return tensor.view(-1) if tensor.is_contiguous() else None

@@ -172,6 +172,7 @@ class DecaySchedule:
         """
         return self.clip(max_norm, defer=False)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def clip(self, max_norm: float, *, defer: bool) -> Tensor:
         """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by `deferred_clip` in the step."""
@@ -198,6 +199,7 @@ class DecaySchedule:
         """Do what a deferred clipping has left to do, while its gradients are still known."""
         self._clipping.settle()
 
+    @torch._disable_dynamo
     def update(self) -> list[float | Tensor]:
         """
         Take in the gradients of one optimizer step, before the step changes any weight.

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference_adams import ReferenceAdamS  # noqa: E402
 
 import hf_swd  # noqa: E402
-from hf_swd import AdamS, ScheduledWeightDecay, triton_adam  # noqa: E402
+from hf_swd import AdamS, ScheduledWeightDecay, cpu_norm, triton_adam  # noqa: E402
 
 
 LR, DECAY, MAX_NORM = 1e-5, 1e-6, 1.0
@@ -91,6 +91,17 @@ class TritonAdamS(AdamS):
     use_triton = True
 
 
+class TorchNormAdamS(AdamS):
+    """As where the norm's kernel has not been compiled."""
+
+    def step(self, closure=None):
+        kernel, cpu_norm._squares = cpu_norm._squares, None
+        try:
+            return super().step(closure)
+        finally:
+            cpu_norm._squares = kernel
+
+
 def contenders(device: torch.device) -> list[Contender]:
     adamw, settings = torch.optim.AdamW, {"lr": LR, "weight_decay": DECAY}
     found = [
@@ -103,6 +114,8 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("AdamS single", lambda ps: AdamS(ps, foreach=False, fused=False, **settings), "adams", heavy=True),
         Contender("ScheduledWeightDecay on AdamW fused", scheduled_adamw, "adams"),
     ]
+    if device.type == "cpu" and cpu_norm._squares is not None:
+        found.append(Contender("AdamS fused, norm by torch", lambda ps: TorchNormAdamS(ps, **settings), "adams"))
     if device.type == "cuda" and triton_adam.is_available(device):
         found += [
             Contender("AdamS Triton", lambda ps: TritonAdamS(ps, **settings), "adams"),
@@ -443,6 +456,7 @@ def machine(arguments) -> list[str]:
     return [
         f"- device: {name}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}",
+        f"- compiled norm on the CPU: {'no' if cpu_norm._squares is None else 'yes'}",
         f"- command: `python {' '.join(['scripts/benchmark_optimizer_step.py', *sys.argv[1:]])}`",
         f"- date: {datetime.date.today().isoformat()}",
     ]

@@ -10,7 +10,7 @@ from hf_utils import arguments, sentences, tiny_bert
 from transformers import Trainer
 
 import hf_swd
-from hf_swd import AdamS, SWDTrainer
+from hf_swd import AdamS, ScheduledWeightDecay, SWDTrainer
 
 
 def trained(tmp_path, model=None, trainer_class=Trainer, trainer_kwargs=None, **changes):
@@ -80,6 +80,28 @@ def test_compiled_model_trains_as_the_eager_one(tmp_path):
         return weights(trained(tmp_path, without_dropout(tiny_bert()), torch_compile=compile_))
 
     torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
+
+
+def on_adamw(params, **options):
+    optimizer = torch.optim.AdamW(params, fused=True, **options)
+    ScheduledWeightDecay(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("build", [AdamS, on_adamw], ids=["adams", "scheduled_adamw"])
+def test_step_in_a_compiled_function_is_the_eager_one(build):
+    def run(compile_):
+        params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(3, 2))]
+        optimizer = build(params, lr=1e-2, weight_decay=1e-2)
+        step = compile_(optimizer.step)
+        for i in range(3):
+            for j, p in enumerate(params):
+                p.grad = torch.full_like(p, (i + 1) / (j + 1))
+            step()
+        return torch.nn.utils.parameters_to_vector(params)
+
+    compiled = run(lambda step: torch.compile(step, backend="eager"))
+    torch.testing.assert_close(compiled, run(lambda step: step), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])

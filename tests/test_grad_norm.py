@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_adams import as_real64
 from torch.nn import Parameter
 
-from hf_swd import AdamS
+from hf_swd import AdamS, cpu_norm
 from hf_swd.grad_norm import squared_norms
 
 
 LARGE = 25_000_000  # BERT's word embeddings have 23 million elements
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(cpu_norm._squares is None, reason="hf_swd._squares has not been compiled"),
+)
+compiled_only = pytest.mark.parametrize("implementation", [COMPILED], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=[COMPILED, "torch"])
+def implementation(request, monkeypatch) -> Iterator[str]:
+    """The kernel, and what takes its place where it has not been compiled; without gradients of gradients, as in a step."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_norm, "_squares", None)
+    with torch.no_grad():
+        yield request.param
+
+
+def examples(count: int) -> settings:
+    # `implementation` is the same for all examples of a test.
+    health = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=health)
 
 
 def exact(tensor: torch.Tensor) -> float:
@@ -26,8 +49,7 @@ def exact(tensor: torch.Tensor) -> float:
 
 
 def relative_error(tensor: torch.Tensor) -> float:
-    with torch.no_grad():
-        (actual,) = squared_norms([tensor]).tolist()
+    (actual,) = squared_norms([tensor]).tolist()
     expected = exact(tensor)
     return abs(actual / expected - 1) if expected else abs(actual)
 
@@ -63,11 +85,11 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("make", "bound"), CONTENTS.values(), ids=CONTENTS)
-def test_large_float32_is_right_where_torch_is_not(make, bound):
+def test_large_float32_is_right_where_torch_is_not(make, bound, implementation):
     tensor = make()
     expected = exact(tensor)
 
-    assert relative_error(tensor) < bound
+    assert relative_error(tensor) < (1e-6 if implementation == "compiled" else bound)
     torchs = [
         torch.linalg.vector_norm(tensor),
         torch._foreach_norm([tensor])[0],
@@ -114,10 +136,10 @@ def test_float16_neither_overflows_nor_underflows(numel):
     assert relative_error(torch.full((numel,), 6e4, dtype=torch.float16)) < 1e-5
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(50)
 @given(value=st.floats(1.0, 2.0), numel=st.sampled_from([4096, 4097, 1 << 14, 100_001]))
-def test_equal_values_are_the_worst_case(value, numel):
-    assert relative_error(torch.full((numel,), value)) < 1e-5
+def test_equal_values_are_the_worst_case(value, numel, implementation):
+    assert relative_error(torch.full((numel,), value)) < (1e-6 if implementation == "compiled" else 1e-5)
 
 
 LAYOUTS = {
@@ -166,6 +188,51 @@ def test_thousands_of_tensors_keep_their_order():
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("sizes", [[0], [0, 0, 3], [0, 600_000], [600_000, 0, 5, 0, 262_144, 262_145]], ids=str)
+def test_empty_beside_large(sizes):
+    tensors = [torch.randn(size) for size in sizes]
+    expected = torch.tensor([exact(t) for t in tensors], dtype=torch.float64)
+
+    torch.testing.assert_close(squared_norms(tensors), expected, rtol=1e-6, atol=0)
+
+
+@compiled_only
+def test_number_of_threads_changes_no_bit():
+    """Replicas with different numbers of threads must not drift apart."""
+    tensors = [torch.randn(size) for size in (3_000_001, 5, 262_144, 0, *range(600_000, 600_040))]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 8):
+            torch.set_num_threads(number)
+            results.append(squared_norms(tensors))
+    finally:
+        torch.set_num_threads(threads)
+
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@compiled_only
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_forked_process_has_threads_of_its_own():
+    """As notebook_launcher makes them, after the parent has trained."""
+    tensors = [torch.randn(1_000_000)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = squared_norms(tensors)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if torch.equal(squared_norms(tensors), expected) else 1)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(threads)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 def test_no_tensors():
     assert squared_norms([]).shape == (0,)
 
@@ -206,7 +273,7 @@ def views(draw) -> torch.Tensor:
     return tensor
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(st.lists(views(), min_size=1, max_size=3))
 def test_any_view(tensors):
     expected = torch.tensor([exact(t) for t in tensors], dtype=torch.float64)

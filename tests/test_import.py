@@ -89,14 +89,15 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+COMPILED = {path.stem for path in PACKAGE.glob("*.c")}
 PATHS = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("__")}
 
 
 def lower_modules(module: str) -> set[str]:
     """Modules of the package that a module imports; from the package itself it may take the version only."""
     names = {name.split(".")[1] for name in imported_modules(PATHS[module]) if name.startswith("hf_swd.")}
-    assert names <= {*PATHS, "__version__"}, (
-        f"{module} imports {names - set(PATHS)} from the package, which stands above it"
+    assert names <= {*PATHS, *COMPILED, "__version__"}, (
+        f"{module} imports {names - {*PATHS, *COMPILED}} from the package, which stands above it"
     )
     return names & set(PATHS)
 
