@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -194,6 +195,13 @@ def test_empty_beside_large(sizes):
     expected = torch.tensor([exact(t) for t in tensors], dtype=torch.float64)
 
     torch.testing.assert_close(squared_norms(tensors), expected, rtol=1e-6, atol=0)
+
+
+def test_more_elements_than_32_bits_count():
+    tensor = torch.from_numpy(np.zeros((1 << 31) + 4099, dtype=np.float32))  # memory that is only read takes no room
+    tensor[0], tensor[1 << 31], tensor[-1] = 1.0, 2.0, 4.0
+
+    assert squared_norms([tensor, torch.ones(4)]).tolist() == pytest.approx([21.0, 4.0])
 
 
 @compiled_only

@@ -102,7 +102,8 @@ def assert_equal(mine, theirs, float32=1e-6):
         for x, y in zip(xs, ys, strict=True):
             if y.numel():
                 relative = {torch.float64: 1e-12, torch.float32: float32}.get(y.dtype, torch.finfo(y.dtype).eps)
-                scale = y.double().abs().max().item()
+                # Weights and first moments are sums that may cancel: relative to their addends, about.
+                scale = max(y.double().abs().max().item(), 0.1 if i in (0, 2) else 0.0)
                 # Half precision: neighbours of each element, which for a sum that cancels means of its addends.
                 wide = y.dtype in (torch.float64, torch.float32)
                 rtol, atol = (0.0, relative * scale) if wide else (relative, 1e-3 * relative * scale)
@@ -122,7 +123,7 @@ SHAPES = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shapes=st.lists(
         st.tuples(SHAPES, st.sampled_from(["contiguous", "misaligned", "transposed"])), min_size=1, max_size=5
