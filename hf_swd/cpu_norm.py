@@ -62,7 +62,8 @@ def _compiled(tensors: Sequence[Tensor]) -> Tensor:
     def work() -> None:
         _squares.squared_norms(addresses, sizes, pieces, results, counter)
 
-    threads = min(torch.get_num_threads(), sum(sizes) // _PIECE)
+    # Waking a thread pays where it finds several pieces.
+    threads = min(torch.get_num_threads(), sum(sizes) // (4 * _PIECE))
     helpers = [_pool(threads - 1).submit(work) for _ in range(1, threads)]
     try:
         work()

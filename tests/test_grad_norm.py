@@ -225,7 +225,7 @@ def test_number_of_threads_changes_no_bit():
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_forked_process_has_threads_of_its_own():
     """As notebook_launcher makes them, after the parent has trained."""
-    tensors = [torch.randn(1_000_000)]
+    tensors = [torch.randn(5_000_000)]  # enough for two threads
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
