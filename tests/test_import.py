@@ -49,6 +49,10 @@ def test_core_works_with_torch_alone():
     run_python(block([*OPTIONAL, "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm"]) + STEP)
 
 
+def test_core_works_where_nothing_was_compiled():
+    run_python(block([f"hf_swd.{name}" for name in COMPILED]) + STEP + "assert hf_swd.cpu_norm._squares is None\n")
+
+
 def test_trainer_works_without_optional_packages():
     """The Trainer's names are imported when they are used, here by the star."""
     run_python(block(OPTIONAL) + STEP + "from hf_swd import *\nSWDTrainer, SWDCallback, create_adams, register()")
