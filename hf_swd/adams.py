@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 
 from . import triton_adam
 from .clipping import scale_
+from .cpu_norm import HALF
 from .grad_norm import by_kind, local_parts
 from .schedule import DecaySchedule
 from .validation import check_options
@@ -252,7 +253,7 @@ class AdamS(torch.optim.AdamW):
         for (device, dtype), indices in by_kind(params).items():
             tensors = [params[i] for i in indices]
             product = product.to(device, non_blocking=True)
-            if dtype in (torch.float16, torch.bfloat16):
+            if dtype in HALF:
                 # 1 - product would be rounded to 1.
                 for tensor in tensors:
                     tensor.addcmul_(tensor, product.to(dtype), value=-1)

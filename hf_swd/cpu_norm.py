@@ -22,7 +22,7 @@ except ImportError:  # not compiled
     _squares = None
 
 
-__all__ = ["squared_norms_on_cpu"]
+__all__ = ["HALF", "squared_norms_on_cpu"]
 
 # A float32 accumulation over a row of 2^11 elements is right to 2.5e-7 even for values of bfloat16 precision (what autocast
 # leaves in float32 gradients), whose rounding errors all have one sign; longer rows are not. Rows are summed in float64.
@@ -32,7 +32,7 @@ _SLICE_ROWS = 512
 # Elements that a thread takes at a time, about. It does not depend on the number of threads, and so neither does the result.
 _PIECE = 1 << 19
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
@@ -45,11 +45,7 @@ def squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         `Tensor`: shape `(len(tensors),)`, float64, on the CPU.
     """
-    if (
-        _squares is not None
-        and tensors[0].dtype == torch.float32
-        and (all(map(Tensor.is_contiguous, tensors)) or all(map(_is_dense, tensors)))
-    ):
+    if _squares is not None and tensors[0].dtype == torch.float32 and all(map(_is_dense, tensors)):
         return _compiled(tensors)
     return _by_rows(tensors)
 
@@ -88,7 +84,7 @@ if hasattr(os, "register_at_fork"):
 
 def _by_rows(tensors: Sequence[Tensor]) -> Tensor:
     result = torch.zeros(len(tensors), dtype=torch.float64)
-    half = tensors[0].dtype in _HALF
+    half = tensors[0].dtype in HALF
     owners: list[int] = []  # of each entry of `norms`, whose tensors have `lengths` entries
     lengths: list[int] = []
     norms: list[Tensor] = []

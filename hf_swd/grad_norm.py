@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cpu_norm import squared_norms_on_cpu
+from .cpu_norm import HALF, squared_norms_on_cpu
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = [
     "without_pending_sums",
 ]
 
-_HALF = (torch.float16, torch.bfloat16)
 _KIND = attrgetter("device", "dtype")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -100,7 +99,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         if kind_device.type == "cpu":
             squares = squared_norms_on_cpu(kind)
         else:
-            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in _HALF else None))
+            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))
             squares = squares.to(accumulation_dtype(kind_device)).square()
         squares = squares.to(device, dtype, non_blocking=device.type != "cpu")
         if len(indices) == len(tensors):

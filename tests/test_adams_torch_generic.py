@@ -39,14 +39,21 @@ ADAMS = torch_tables.OptimizerInfo(
 )
 
 
-def configurations(skip: tuple[str, ...] = ("differentiable",), dtype: torch.dtype = torch.float32) -> list:
-    """One pytest parameter for each of torch's configurations: those of the algorithm times those of the kernels."""
+OWN = ({"reference_steps": 3},)
+
+
+def configurations(
+    skip: tuple[str, ...] = ("differentiable",), dtype: torch.dtype = torch.float32, own: tuple[dict, ...] = OWN
+) -> list:
+    """One pytest parameter for each of torch's configurations, those of the algorithm times those of the kernels, and for AdamS's own."""
     inputs = torch_tables._get_optim_inputs_including_global_cliquey_kwargs("cpu", dtype, ADAMS, skip=skip)
-    inputs += [torch_tables.OptimizerInput(None, kwargs, "AdamS only") for kwargs in ({"reference_steps": 3},)]
+    inputs += [torch_tables.OptimizerInput(None, kwargs, "AdamS only") for kwargs in own]
     return [pytest.param(i.kwargs, id=i.desc.replace(" ", "_")) for i in inputs]
 
 
 every_configuration = pytest.mark.parametrize("kwargs", configurations())
+# AdamS's own options belong to the optimizer, not to a group.
+every_configuration_of_groups = pytest.mark.parametrize("kwargs", configurations(own=()))
 every_configuration_also_differentiable = pytest.mark.parametrize("kwargs", configurations(skip=()))
 every_scheduler = pytest.mark.parametrize("schedulers", range(len(ADAMS.scheduler_inputs)))
 
@@ -151,21 +158,17 @@ def test_loss_goes_the_right_way_with_lr_schedulers(schedulers):
     check_direction(task, optimizer, False, [make(optimizer) for make in ADAMS.scheduler_inputs[schedulers]])
 
 
-@every_configuration
+@every_configuration_of_groups
 def test_groups_with_different_weight_decay(kwargs):
     task = Task()
     groups = [{**kwargs, "params": [task.weight]}, {**kwargs, "params": [task.bias], "weight_decay": 0.0}]
-    if "reference_steps" in kwargs:
-        pytest.skip("reference_steps belongs to the optimizer, not to a group")
     check_direction(task, AdamS(groups), kwargs.get("maximize", False))
 
 
-@every_configuration
+@every_configuration_of_groups
 def test_groups_with_different_lr(kwargs):
     task, irrelevant = Task(), Parameter(torch.randn(2))
     before = irrelevant.detach().clone()
-    if "reference_steps" in kwargs:
-        pytest.skip("reference_steps belongs to the optimizer, not to a group")
     groups = [{"lr": 1e-3, **kwargs, "params": [task.weight, task.bias]}, {"params": [irrelevant]}]
     optimizer = AdamS(groups, lr=1e-28)
     irrelevant.grad = torch.rand_like(irrelevant)
