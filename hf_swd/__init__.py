@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .adams import AdamS, create_adams
-from .attach import attach
+from .core.schedule import WeightDecaySchedule
+from .engines.attach import attach
 from .registration import register
 from .scheduled_weight_decay import ScheduledWeightDecay
 
@@ -22,6 +23,7 @@ __all__ = [
     "SWDCallback",
     "SWDTrainer",
     "ScheduledWeightDecay",
+    "WeightDecaySchedule",
     "__version__",
     "attach",
     "create_adams",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,11 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import triton_adam
-from .clipping import scale_
-from .cpu_norm import HALF
-from .grad_norm import by_kind, local_parts
-from .schedule import DecaySchedule
-from .validation import check_options
+from .core.clipping import scale_
+from .core.grad_norm import HALF, by_kind, local_parts
+from .core.group_state import OPTIONS
+from .core.schedule import WeightDecaySchedule
+from .core.validation import check_options
 
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ class AdamS(torch.optim.AdamW):
             average, instead of from Adam's moments. Every step must then be clipped by [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by
             DeepSpeed ZeRO. For training in which most steps are clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is then the mean
-            over all of them (one all-reduce of 16 bytes a step). Not for replicas (DDP), which need nothing.
+            over all of them (one all-reduce a step). Not for replicas (DDP), which need nothing.
         maximize (`bool`, defaults to `False`): go along the gradient instead of against it.
         foreach (`bool`, *optional*): multi-tensor implementation of torch.
         capturable (`bool`, defaults to `False`): allow capture of `step()` in a CUDA graph.
@@ -85,10 +83,6 @@ class AdamS(torch.optim.AdamW):
     References: Xie, Xu, Zhang, Sato, Sugiyama, *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
     Gradient-Norm Perspective*, NeurIPS 2023, arXiv 2011.11152. (Not the AdamS of 2025, another optimizer.)
     """
-
-    # Whether a decay that stays on a CUDA device is applied by the Triton kernel instead of a multiplication before torch's. Off until it
-    # has been measured on a GPU.
-    use_triton: bool = os.environ.get("HF_SWD_TRITON") == "1"
 
     def __init__(
         self,
@@ -122,12 +116,12 @@ class AdamS(torch.optim.AdamW):
         }
         check_options(options)
         super().__init__(params, **options)
-        self._decay_schedule = DecaySchedule(
+        self._decay_schedule = WeightDecaySchedule(
             self, reference_steps=reference_steps, unclipped_norm=unclipped_norm, process_group=process_group
         )
 
     @property
-    def schedule(self) -> DecaySchedule:
+    def schedule(self) -> WeightDecaySchedule:
         """The schedule of this optimizer's weight decay."""
         return self._decay_schedule
 
@@ -184,8 +178,9 @@ class AdamS(torch.optim.AdamW):
                 p for group in self.param_groups if group["fused"] for p in group["params"] if p.grad is not None
             ):
                 _device_dtype_check_for_fused(p)
-        for group, decay in zip(self.param_groups, self._decay_schedule.update(), strict=True):
+        for group, decay in zip(self.param_groups, self._decay_schedule.before_step(), strict=True):
             self._step_group(group, decay)
+        self._decay_schedule.after_step()
         return loss
 
     def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
@@ -198,7 +193,7 @@ class AdamS(torch.optim.AdamW):
         has_complex = self._init_group({**group, "fused": fused}, *lists)
         lists = [local_parts(tensors) for tensors in lists]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule.deferred_clip
+        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule.blocks.clipping.deferred
         if fused:
             # These kernels walk through memory, and on CPU they do not look at strides.
             fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists[:-1]) or all(
@@ -227,10 +222,6 @@ class AdamS(torch.optim.AdamW):
             "found_inf": getattr(self, "found_inf", None),
         }
         if isinstance(decay, Tensor) and not decay.requires_grad:
-            numbers = not any(isinstance(beta, Tensor) for beta in (beta1, beta2))
-            if fused and self.use_triton and params and numbers and triton_adam.is_available(params[0].device):
-                triton_adam.adamw_(*lists, decay=decay, **options)
-                return
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
         adamw(
@@ -265,14 +256,14 @@ class AdamS(torch.optim.AdamW):
             raise RuntimeError(
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
             )
-        self._decay_schedule.settle_clipping()
-        self._decay_schedule.publish()
+        self._decay_schedule.blocks.clipping.settle()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_decay_schedule" not in self.__dict__:
-            self._decay_schedule = DecaySchedule(self)
+            options = {key: self.defaults[key] for key in OPTIONS if key in self.defaults}
+            self._decay_schedule = WeightDecaySchedule(self, **options)
 
 
 def create_adams(

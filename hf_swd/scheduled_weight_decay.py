@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import group_keys
-from .schedule import DecaySchedule, schedule_of
-from .validation import check_number
+from .core.entries import STEP, SUM
+from .core.group_state import OPTIONS
+from .core.schedule import WeightDecaySchedule, schedule_of
+from .core.validation import check_number
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ScheduledWeightDecay"]
 
 
-class ScheduledWeightDecay(DecaySchedule):
+class ScheduledWeightDecay(WeightDecaySchedule):
     """
     Scheduled weight decay for any torch optimizer with decoupled weight decay.
 
@@ -54,8 +55,6 @@ class ScheduledWeightDecay(DecaySchedule):
     ```
     """
 
-    host_decay = True
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -87,27 +86,28 @@ class ScheduledWeightDecay(DecaySchedule):
             reference_steps=reference_steps,
             unclipped_norm=unclipped_norm,
             process_group=process_group,
+            decay_on_host=True,
         )
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.after_step()))
 
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
-        if schedule_of(self.optimizer) is not self:
-            return
-        for handle in self._handles:
-            handle.remove()
-        for group in self._groups:
-            group_keys.remove(group)
-        del self.optimizer._decay_schedule
+        if schedule_of(self.optimizer) is self:
+            self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Complete state: `schedule_step` and `reference_steps` (int), `unclipped_norm` (bool), `second_moment_mean`, `num_elements` and
-        `reference_rms` (float), `sums` and `steps` (float64 tensors of shape `(number of parameters,)`)."""
-        with torch.no_grad():
-            self._follow([p for group in self._groups for p in group["params"]])
-        self.publish()
-        shared = {key: group_keys.read(self._groups, key) for key in (*group_keys.OPTIONS, *group_keys.SHARED_KEYS)}
-        return {**shared, "sums": self._mean.sums.cpu().clone(), "steps": self._mean.steps.cpu().clone()}
+        """What the optimizer's own `state_dict()` holds of the schedule: `schedule_step` and `reference_steps` (int), `unclipped_norm` (bool),
+        `second_moment_mean`, `num_elements` and `reference_rms` (float), `sums` and `steps` (float64 tensors of shape
+        `(number of parameters,)`)."""
+        state_dict = self.optimizer.state_dict()
+        group = state_dict["param_groups"][0]
+        states = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        vectors = {
+            name: torch.tensor([state.get(key, 0.0) for state in states], dtype=torch.float64)
+            for name, key in (("sums", SUM), ("steps", STEP))
+        }
+        return {**{key: group[key] for key in (*OPTIONS, *self._shown)}, **vectors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state written by [`state_dict`], before or after the optimizer's own is loaded.
@@ -115,19 +115,25 @@ class ScheduledWeightDecay(DecaySchedule):
         Raises:
             ValueError: it belongs to another number of parameters.
         """
-        count = sum(len(group["params"]) for group in self._groups)
-        if len(state_dict["sums"]) != count:
-            raise ValueError(f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {count}")
+        params = [p for group in self._groups for p in group["params"]]
+        if len(state_dict["sums"]) != len(params):
+            raise ValueError(
+                f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {len(params)}"
+            )
         for group in self._groups:
-            group.update({key: state_dict[key] for key in (*group_keys.OPTIONS, *group_keys.SHARED_KEYS)})
-        self._loaded = state_dict["schedule_step"], state_dict["sums"], state_dict["steps"]
-        self._read_shared()
+            group.update({key: state_dict[key] for key in (*OPTIONS, *self._shown)})
+        pairs = zip(state_dict["sums"].tolist(), state_dict["steps"].tolist(), strict=True)
+        for p, (total, step) in zip(params, pairs, strict=True):
+            state = self.optimizer.state.get(p)
+            if state:  # an optimizer takes a state that is not empty for complete
+                state[SUM], state[STEP] = total, step
+        self._loaded()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _pre_hook(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             with torch.no_grad():
-                self.update()
+                self.before_step()
             return None
         return (optimizer,), {**kwargs, "closure": self._after_closure(closure)}
 
@@ -141,7 +147,7 @@ class ScheduledWeightDecay(DecaySchedule):
             if not updated:
                 updated = True
                 with torch.no_grad():
-                    self.update()
+                    self.before_step()
             return loss
 
         return closure_then_update

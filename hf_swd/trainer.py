@@ -14,8 +14,8 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from . import registration
 from .adams import AdamS
-from .attach import attach, is_scheduled
-from .schedule import DecaySchedule, schedule_of
+from .core.schedule import WeightDecaySchedule, schedule_of
+from .engines.attach import attach, is_scheduled
 
 
 __all__ = ["SWDCallback", "SWDTrainer"]
@@ -49,7 +49,7 @@ class _Watch:
             logger.warning(message)
 
 
-_watches: weakref.WeakKeyDictionary[DecaySchedule, _Watch] = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[WeightDecaySchedule, _Watch] = weakref.WeakKeyDictionary()
 
 
 def _watch_of(optimizer: Any) -> _Watch | None:
@@ -211,10 +211,8 @@ def _check_clipping(optimizer: Any, max_norm: float, enough_logs: int) -> None:
         clipped, seen, enough, of_what = watch.clipped_logs, watch.logs, enough_logs, "logged steps"
     if seen < enough or clipped < _NEARLY_ALL * seen:
         return
-    schedule.publish()
-    group = optimizer.param_groups[0]
-    reference = group["reference_rms"] if schedule.reference_steps else 1.0
-    size = group["num_elements"]
+    reference = schedule.reference_rms if schedule.reference_steps else 1.0
+    size = schedule.num_elements
     if reference > 0:
         constant = user_decay * reference * math.sqrt(size) / max_norm
         formula = f"weight_decay={user_decay:g} {f'* {reference:.3g} ' if reference != 1 else ''}* sqrt({size:.0f}) / {max_norm:g}"

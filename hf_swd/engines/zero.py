@@ -1,27 +1,41 @@
 """Binding to DeepSpeed ZeRO: the only module with names of DeepSpeed's inside.
 
 ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and computes the norm of the
-whole gradient beforehand. The schedule advances at the first of these inner steps, from that norm, and writes the decay at each.
+whole gradient beforehand. The schedule advances at the first of these inner steps, from that norm, and writes the decay at each. The whole
+model is one block, whose running sum lies in the parameter groups.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .schedule import DecaySchedule, schedule_of
+from ..core import group_state
+from ..core.clipping import Clipping
+from ..core.entries import STEP, SUM, Entry
+from ..core.grad_norm import accumulation_dtype
+from ..core.recurrence import Measured, RunningSums, SecondMomentMean
+from ..core.schedule import WeightDecaySchedule, schedule_of
 
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["ZeroEngine", "bind_zero", "find_zero_optimizer", "refuse_unscaled_fp16"]
+__all__ = [
+    "ZeroBlock",
+    "bind_zero",
+    "find_zero_optimizer",
+    "is_zero_parameter",
+    "refuse_replacement",
+    "refuse_unscaled_fp16",
+]
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
@@ -33,14 +47,17 @@ _MODEL_PARAMETERS = {
 
 def find_zero_optimizer(optimizer: Any) -> Any | None:
     """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine or a chain of `.optimizer`); `None` without ZeRO."""
-    import sys
-
     base = sys.modules.get("deepspeed.runtime.base_optimizer")
     while base is not None and optimizer is not None:
         if isinstance(optimizer, base.ZeROOptimizer):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
     return None
+
+
+def is_zero_parameter(p: Tensor) -> bool:
+    """Whether ZeRO has put a part of a flat partition in the place of this parameter of a model."""
+    return any(hasattr(p, mark) for mark in ("_hp_mapping", "ds_id"))
 
 
 def refuse_unscaled_fp16(optimizer: Any) -> None:
@@ -61,9 +78,9 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-class ZeroEngine:
+class ZeroBlock:
     """
-    The norm of the whole gradient as ZeRO 1, 2, 3 and `BF16_Optimizer` know it; an [`Engine`] of the schedule.
+    The model as ZeRO 1, 2, 3 and `BF16_Optimizer` know it: one block (a [`Blocks`] of the schedule).
 
     Args:
         zero_optimizer: DeepSpeed's wrapper around the optimizer (`engine.optimizer`).
@@ -84,7 +101,13 @@ class ZeroEngine:
                 f"{_MODEL_PARAMETERS.get(kind, 'the groups of parameters')!r} or 'clip_grad': use a version that docs/distributed.md lists"
             )
         _refuse(zero_optimizer)
-        self.num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
+        params = [p for group in self._base.param_groups for p in group["params"]]
+        self._device = params[0].device if params else torch.device("cpu")
+        zeros = torch.zeros(2, 1, dtype=accumulation_dtype(self._device), device=self._device)
+        num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
+        self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
+        self.group_entries = {SUM: Entry(self.running, "sums", 0), STEP: Entry(self.running, "steps", 0)}
+        self.clipping = Clipping()
         self._in_new_step = False
         inner_step = zero_optimizer.step
 
@@ -98,21 +121,62 @@ class ZeroEngine:
         begins, self._in_new_step = self._in_new_step, False
         return begins
 
-    def squared_norm(self, *, clipped: bool) -> Tensor:
+    def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
+        if loaded is None:
+            return
+        if mean.step == 0:
+            total, step = self._second_moment()
+            mean.step = torch.tensor(step, dtype=torch.float64)
+        elif SUM in loaded:
+            total, step = float(loaded[SUM]), float(loaded[STEP])
+        else:  # a checkpoint of hf_swd 0.1
+            step = float(mean.step)
+            total = float(mean.mean * mean.num_elements) * (1 - float(self.beta2()) ** step)
+        self.running.sums.fill_(total)
+        self.running.steps.fill_(step)
+
+    def beta2(self) -> Tensor:
+        beta2 = self._base.param_groups[0]["betas"][1]
+        return torch.as_tensor(beta2, dtype=self.running.sums.dtype, device=self._device).reshape(1)
+
+    def measure(self, *, unclipped: bool) -> Measured:
         norm = getattr(self._zero, "_global_grad_norm", None)
         if norm is None:
             raise RuntimeError(
                 "DeepSpeed has not computed the norm of the gradient, which scheduled weight decay needs: leave "
                 "zero_optimization.compute_grad_norm at true in the DeepSpeed config"
             )
-        device = next((p.device for group in self._base.param_groups for p in group["params"]), torch.device("cpu"))
-        norm = torch.as_tensor(norm, dtype=torch.float64).to(device)
-        norm = torch.where(norm < 0, math.nan, norm)  # DeepSpeed's sign for infinite or NaN
-        if clipped and self._zero.clip_grad > 0:
-            norm = norm / ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1)
-        return norm.square()
+        norm = torch.as_tensor(norm, dtype=torch.float64).to(self.running.sums)
+        norm = torch.where(norm < 0, math.nan, norm)  # a norm that is inf or NaN is -1 in DeepSpeed
+        clip = self._zero.clip_grad
+        if not unclipped and clip > 0:
+            norm = norm / ((norm + 1e-6) / clip).clamp(min=1)  # as DeepSpeed does it in the step, after this
+        return Measured(norm.square().reshape(1))
 
-    def second_moment(self) -> tuple[Tensor, float]:
+    def total(self, values: Tensor) -> Tensor:
+        return values[0]
+
+    def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
+        raise RuntimeError(
+            "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its config (max_grad_norm of a "
+            "Trainer does) instead of calling clip_grad_norm_"
+        )
+
+    def write_back(self) -> None:
+        """Nothing: the entries in the groups are always those of the running sum."""
+
+    def begin_anew(self) -> None:
+        """Nothing: the groups tell by themselves that they were loaded."""
+
+    def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Without the sums of flat partitions, which mean nothing: they are from before the engine was attached."""
+        return {
+            key: {k: v for k, v in values.items() if k not in (SUM, STEP)} if isinstance(values, dict) else values
+            for key, values in state.items()
+        }
+
+    def _second_moment(self) -> tuple[float, float]:
+        """Sum of Adam's second moment over all ranks, and its number of steps: (0, 0) before the first."""
         import torch.distributed as dist
 
         states = [state for state in self._base.state.values() if isinstance(state.get("exp_avg_sq"), Tensor)]
@@ -120,16 +184,14 @@ class ZeroEngine:
         local.append(max((float(s["step"]) for s in states), default=0.0))
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, local)
-        return torch.tensor(math.fsum(total for total, _ in ranks), dtype=torch.float64), max(
-            step for _, step in ranks
-        )
+        return math.fsum(total for total, _ in ranks), max(step for _, step in ranks)
 
     @property
     def _base(self) -> Optimizer:
         return self._zero.optimizer
 
 
-def bind_zero(zero_optimizer: Any) -> DecaySchedule:
+def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
     """
     Bind the schedule of the optimizer inside `zero_optimizer` to the engine; a second time does nothing.
 
@@ -137,7 +199,7 @@ def bind_zero(zero_optimizer: Any) -> DecaySchedule:
     are scheduled, and DeepSpeed's Adam gets the schedule by a step hook.
 
     Raises:
-        RuntimeError: see [`ZeroEngine`]; or the optimizer inside has no schedule, or does not decouple its decay.
+        RuntimeError: see [`ZeroBlock`]; or the optimizer inside has no schedule, or does not decouple its decay.
     """
     base = zero_optimizer.optimizer
     schedule = schedule_of(base)
@@ -150,17 +212,21 @@ def bind_zero(zero_optimizer: Any) -> DecaySchedule:
             raise RuntimeError(
                 f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given adam_w_mode=True"
             )
-        schedule = DecaySchedule(base)
-        schedule.host_decay = True
-        base.register_step_pre_hook(lambda *_: schedule.update() and None)
-    if not isinstance(schedule.engine, ZeroEngine):
-        schedule.bind(ZeroEngine(zero_optimizer))
+        schedule = WeightDecaySchedule(
+            base,
+            reference_steps=group_state.read(base.param_groups, "reference_steps"),
+            unclipped_norm=bool(group_state.read(base.param_groups, "unclipped_norm")),
+            decay_on_host=True,
+        )
+        base.register_step_pre_hook(lambda *_: schedule.before_step() and None)
+    if not isinstance(schedule.blocks, ZeroBlock):
+        schedule.use(ZeroBlock(zero_optimizer))
     return schedule
 
 
-def _refuse_replacement(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+def refuse_replacement(optimizer: Optimizer) -> None:
     """DeepSpeed's own Adam on the parameter groups of an AdamS that accelerate has dropped, before anyone attached the schedule."""
-    if not type(optimizer).__module__.startswith("deepspeed.") or schedule_of(optimizer) is not None:
+    if not type(optimizer).__module__.startswith("deepspeed."):
         return
     grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
     if any(grad is not None and grad.any() for grad in grads):
@@ -168,9 +234,6 @@ def _refuse_replacement(optimizer: Optimizer, args: tuple, kwargs: dict) -> None
             f"{type(optimizer).__name__} has replaced AdamS (ZeRO-Offload does that), and nothing schedules its weight decay: call "
             "hf_swd.attach(optimizer) once, with what accelerator.prepare returned; a Trainer does it by itself after `import hf_swd`"
         )
-
-
-register_optimizer_step_pre_hook(_refuse_replacement)
 
 
 def _refuse(zero_optimizer: Any) -> None:

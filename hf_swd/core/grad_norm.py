@@ -7,22 +7,15 @@ Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation lo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .cpu_norm import HALF, squared_norms_on_cpu
-
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 __all__ = [
-    "ShardedSum",
+    "HALF",
     "accumulation_dtype",
     "by_kind",
     "local_part",
@@ -32,6 +25,14 @@ __all__ = [
     "sums",
     "without_pending_sums",
 ]
+
+HALF = (torch.float16, torch.bfloat16)
+
+# On CPU, a float32 accumulation over a row of 2^11 elements is right to 2.5e-7 even for values of bfloat16 precision (what autocast leaves
+# in float32 gradients), whose rounding errors all have one sign; longer rows are not. Rows are summed in float64.
+_ROW = 1 << 11
+# Low-precision gradients are widened a slice at a time: 512 rows are 4 MiB of float32.
+_SLICE_ROWS = 512
 
 _KIND = attrgetter("device", "dtype")
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -97,7 +98,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     for (kind_device, kind_dtype), indices in by_kind(tensors).items():
         kind = [tensors[i] for i in indices]
         if kind_device.type == "cpu":
-            squares = squared_norms_on_cpu(kind)
+            squares = _squared_norms_on_cpu(kind)
         else:
             squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))
             squares = squares.to(accumulation_dtype(kind_device)).square()
@@ -119,73 +120,51 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.sum(dtype=accumulation_dtype(t.device)).to(device, dtype) for t in locals_])
 
 
-class ShardedSum:
-    """
-    Sum over all parameters of a model of which this rank holds only a part.
-
-    A DTensor is summed over the mesh dimensions on which it is sharded; on the others it is replicated and counts once. So do plain
-    tensors, except those for which `shard_groups` names the ranks among which they are divided.
-
-    Args:
-        params (`Sequence[Tensor]`): the parameters, in the same order on every rank.
-        shard_groups (`Mapping[int, tuple[ProcessGroup, ...]]`): process groups over which the parameter of that index is divided
-            without being a DTensor.
-        process_group (`ProcessGroup`, *optional*): ranks that hold disjoint parts of the model altogether.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        shard_groups: Mapping[int, tuple[ProcessGroup, ...]],
-        process_group: ProcessGroup | None,
-    ) -> None:
-        indices: dict[tuple[ProcessGroup, ...], list[int]] = defaultdict(list)
-        for index, param in enumerate(params):
-            groups = shard_groups[index] if index in shard_groups else _sharding_groups(param)
-            indices[groups].append(index)
-        self._process_group = process_group
-        device = params[0].device if len(params) else torch.device("cpu")
-        self._parts = [(groups, torch.tensor(members, device=device)) for groups, members in indices.items()]
-        self.is_local = process_group is None and not any(groups for groups, _ in self._parts)
-
-    def __call__(self, values: Tensor, *, largest: bool = False) -> Tensor:
-        """Sum (or maximum of non-negative numbers) of `values` of shape `(params, k)` over parameters and ranks: shape `(k,)`, the
-        same bits on every rank."""
-        totals: dict[tuple[ProcessGroup, ...], Tensor] = {(): values.new_zeros(values.shape[1])}
-        for groups, members in self._parts:
-            part = values[members]
-            _add(totals, groups, part.amax(0) if largest else part.sum(0), largest)
-        # From the innermost mesh dimension outwards: what is sharded on two shares the second reduction with what is on one.
-        while groups := max(totals, key=len):
-            _add(totals, groups[:-1], _all_reduce(totals.pop(groups), groups[-1], largest), largest)
-        total = totals[()]
-        return total if self._process_group is None else _all_reduce(total, self._process_group, largest)
-
-
-def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
-    placements = getattr(param, "placements", ())
-    mesh = getattr(param, "device_mesh", None)
-    sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1]
-    return tuple(mesh.get_group(dim) for dim in sharded)
-
-
-def _add(totals: dict[Any, Tensor], key: Any, part: Tensor, largest: bool) -> None:
-    if key in totals:
-        part = torch.maximum(totals[key], part) if largest else totals[key] + part
-    totals[key] = part
-
-
-def _all_reduce(values: Tensor, group: ProcessGroup, largest: bool) -> Tensor:
-    import torch.distributed as dist
-
-    device = values.device
-    if device.type == "cpu" and "gloo" not in str(dist.get_backend(group)):
-        values = values.to(torch.accelerator.current_accelerator())
-    values = values.clone()
-    dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-    return values.to(device)
-
-
 def real_view(tensor: Tensor) -> Tensor:
     """A complex tensor as a real one of its real and imaginary parts; any other as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
+    """Of real tensors of one dtype."""
+    result = torch.zeros(len(tensors), dtype=torch.float64)
+    half = tensors[0].dtype in HALF
+    owners: list[int] = []  # of each entry of `norms`, whose tensors have `lengths` entries
+    lengths: list[int] = []
+    norms: list[Tensor] = []
+    short: list[tuple[int, Tensor]] = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() <= 2 * _ROW:
+            short.append((i, tensor))
+            continue
+        if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
+            size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
+            result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in tensor.split(size))
+            continue
+        flat = _in_memory_order(tensor).view(-1)
+        rows, tail = divmod(flat.numel(), _ROW)
+        if tail:
+            short.append((i, flat[rows * _ROW :]))
+        table = flat.as_strided((rows, _ROW), (_ROW, 1))
+        for part in table.split(_SLICE_ROWS) if half else [table]:
+            owners.append(i)
+            lengths.append(part.shape[0])
+            norms.append(torch.linalg.vector_norm(part.float() if half else part, dim=1))
+    if short:
+        owners.extend(i for i, _ in short)
+        lengths.extend([1] * len(short))
+        norms.append(torch.stack(torch._foreach_norm([t for _, t in short], 2, torch.float32 if half else None)))
+    if norms:
+        squares = torch.cat(norms).double().square()
+        totals = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths))
+        result.index_add_(0, torch.tensor(owners), totals)
+    return result
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory exactly, each once."""
+    return tensor.is_contiguous() or _in_memory_order(tensor).is_contiguous()

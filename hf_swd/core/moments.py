@@ -1,8 +1,8 @@
-"""Sums over the second moments that an Adam keeps in its state: where the recurrence must be rebuilt, or does not hold."""
+"""Sums over the second moments that an Adam keeps in its state: where the recurrence has no past, or does not hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,24 +15,19 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["maximum_sums", "moment_sums"]
+__all__ = ["maximum_sums", "moment_sums", "second_moment"]
 
 
-def moment_sums(optimizer: Optimizer, params: Sequence[Tensor]) -> tuple[list[int], Tensor, list[float]]:
-    """
-    Which of `params` the optimizer has stepped, the sum of the second moment of each of these (of the local part of a DTensor), and their
-    step counts. With AMSGrad the moment is the maximum. An optimizer without `exp_avg_sq` in floating point has none.
-    """
-    amsgrad = {p for group in optimizer.param_groups if group.get("amsgrad") for p in group["params"]}
-    indices, moments, steps = [], [], []
-    for index, p in enumerate(params):
-        state = optimizer.state.get(p, {})
-        moment = state.get("max_exp_avg_sq" if p in amsgrad else "exp_avg_sq")
-        if isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state:
-            indices.append(index)
-            moments.append(moment)
-            steps.append(float(state["step"]))
-    return indices, sums(moments), steps
+def second_moment(state: Mapping[str, Any]) -> Tensor | None:
+    """The second moment in an optimizer's state of a parameter; `None` if there is none in floating point (Lion, bitsandbytes)."""
+    moment = state.get("exp_avg_sq")
+    is_moment = isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state
+    return moment if is_moment else None
+
+
+def moment_sums(moments: Sequence[Tensor]) -> Tensor:
+    """Sum of the elements of each (of a DTensor the part that this rank holds), of shape `(len(moments),)`."""
+    return sums([_dequantized(local_part(moment)) for moment in moments])
 
 
 def maximum_sums(
@@ -52,8 +47,8 @@ def maximum_sums(
         for p in group["params"]:
             if group.get("amsgrad") and p.grad is not None:
                 grad = real_view(local_part(p.grad if grad_scale is None else p.grad / grad_scale))
-                second = (1 - beta2) * grad.square()
-                state: dict[str, Any] = optimizer.state.get(p, {})
+                second = (1 - beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+                state = optimizer.state.get(p, {})
                 if "exp_avg_sq" in state:
                     moment, maximum = (real_view(local_part(state[key])) for key in ("exp_avg_sq", "max_exp_avg_sq"))
                     if torch.is_grad_enabled():  # the step will change it in place
@@ -62,3 +57,8 @@ def maximum_sums(
                 found[position] = sums([second])[0]
             position += 1
     return found
+
+
+def _dequantized(moment: Tensor) -> Tensor:
+    """The 8-bit, 4-bit and fp8 states of torchao have no operators, but can be widened."""
+    return moment if type(moment).dequantize is Tensor.dequantize else moment.dequantize()

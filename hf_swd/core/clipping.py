@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .grad_norm import by_kind, local_part, local_parts, squared_norms
+from .recurrence import Measured
 
 
 __all__ = ["Clipping", "scale_"]
 
-# Of a large gradient so many elements are looked at again, to notice that it has been divided by a loss scale.
+# So many elements of a large gradient tell whether it has been divided by a loss scale since it was clipped.
 _SAMPLE = 1 << 11
 
 
@@ -22,6 +24,8 @@ class Clipping:
     """Clips the gradients of one optimizer, and keeps their squared norms for its next step."""
 
     def __init__(self) -> None:
+        self.deferred: Tensor | None = None
+        """0-d: what the step under way must multiply the gradients by, after a deferred clipping."""
         self._last: _Clipped | None = None
         self._counts: tuple[Tensor | int, int] = (0, 0)
 
@@ -31,14 +35,21 @@ class Clipping:
         return int(clipped), calls
 
     def clip(
-        self, grads: Sequence[Tensor], squares: Tensor, norm: Tensor, max_norm: float, *, defer: bool, unclipped: bool
+        self,
+        grads: Sequence[Tensor],
+        measured: Measured,
+        norm: Tensor,
+        max_norm: float,
+        *,
+        defer: bool,
+        unclipped: bool,
     ) -> None:
         """
         Scale the gradients in place to a total norm, or note by what they are to be scaled.
 
         Args:
             grads (`Sequence[Tensor]`): the gradients.
-            squares (`Tensor`, shape `(len(grads),)`): their squared norms.
+            measured (`Measured`): what a step with them brings as they are.
             norm (0-d `Tensor`): norm of all gradients of the model, of all ranks.
             max_norm (`float`): what it may be at most.
             defer (`bool`): leave the scaling to the step.
@@ -51,10 +62,10 @@ class Clipping:
         if max_norm < math.inf and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             if not unclipped:
-                squares = squares * factor.to(squares) ** 2
+                measured = replace(measured, squares=measured.squares * factor.to(measured.squares) ** 2)
             if not defer:
                 scale_(grads, factor)
-        self._last = _Clipped(grads, squares, factor if defer else None) if grads else None
+        self._last = _Clipped(grads, measured, factor if defer else None) if grads else None
 
     def settle(self) -> None:
         """Do what a deferred clipping has left to do, while its gradients are still known."""
@@ -62,64 +73,66 @@ class Clipping:
         if last is not None:
             last.settle()
 
-    def take(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def take(self, grads: Sequence[Tensor]) -> Measured | None:
         """
-        What is known of the gradients of a step, which the step uses up.
+        What is known of the gradients of a step, which the step uses up; sets `deferred`.
 
         Returns:
-            `tuple[Tensor | None, Tensor | None]`: their squared norms, of shape `(len(grads),)`, or `None` if they are not those that were
-            clipped last; and by what the step must still multiply them, 0-d, or `None`.
+            `Measured`, or `None` if they are not those that were clipped last.
 
         Raises:
             RuntimeError: the clipping was deferred, and the gradients are not those.
         """
-        last, self._last = self._last, None
+        last, self._last, self.deferred = self._last, None, None
         if last is None:
-            return None, None
-        if torch.is_grad_enabled() or not last.are(grads):
+            return None
+        if torch.is_grad_enabled() or not last.is_of(grads):
             if last.due is None:
-                return None, None
+                return None
             raise RuntimeError(
                 "gradients were changed or replaced between clip_grad_norm_(..., defer=True) and step(): call it after the last change, "
                 "or without defer"
             )
-        return last.squares_of(grads), last.due
+        self.deferred = last.due
+        return last.measured_now(grads)
 
 
 class _Clipped:
     """
-    What clipping leaves behind for the step: the squared norms, whether given gradients are still the clipped ones, and by what they are
-    yet to be scaled. Holds the gradients weakly.
+    What a clipping leaves behind for the step. Holds the gradients weakly.
 
     Args:
         grads (`Sequence[Tensor]`): the gradients.
-        squares (`Tensor`, shape `(len(grads),)`): their squared norms, once they are scaled.
+        measured (`Measured`): what a step with them brings, once they are scaled.
         due (0-d `Tensor`, *optional*): the factor that they are still to be multiplied by.
     """
 
-    def __init__(self, grads: Sequence[Tensor], squares: Tensor, due: Tensor | None = None) -> None:
+    def __init__(self, grads: Sequence[Tensor], measured: Measured, due: Tensor | None = None) -> None:
         self.due = due
         self._references = [weakref.ref(grad) for grad in grads]
         self._versions = _versions(grads)
-        self._squares = squares
+        self._measured = measured
         self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
-        self._probed = self._sample(grads)
+        self._probed = self._probe_square(grads)
 
-    def are(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these are the clipped gradients, unchanged since, but perhaps for a common factor."""
+    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that unscales them is not
+        noticed here; see [`measured_now`].)"""
         return (
             len(grads) == len(self._references)
             and all(reference() is grad is not None for reference, grad in zip(self._references, grads, strict=True))
             and self._versions == _versions(grads)
         )
 
-    def squares_of(self, grads: Sequence[Tensor]) -> Tensor:
-        """Their squared norms, of shape `(len(grads),)`."""
-        # A GradScaler that unscales after clipping leaves no trace in the versions; a small gradient, or a part, tells by what it divided.
-        ratio = self._sample(grads) / self._probed
-        return self._squares * torch.where(self._probed > 0, ratio, 1.0)
+    def measured_now(self, grads: Sequence[Tensor]) -> Measured:
+        """What a step with them brings. A GradScaler may have divided all of them by its scale, which their version counters do not show:
+        the ratio of one gradient's squared norms, now and when it was clipped, does."""
+        ratio = self._probe_square(grads) / self._probed
+        squares = self._measured.squares * torch.where(self._probed > 0, ratio, 1.0)
+        return replace(self._measured, squares=squares)
 
-    def _sample(self, grads: Sequence[Tensor]) -> Tensor:
+    def _probe_square(self, grads: Sequence[Tensor]) -> Tensor:
+        """Squared norm of the smallest gradient, or of a sample of it."""
         grad = local_part(grads[self._probe])
         if grad.numel() > 2 * _SAMPLE:
             grad = grad.reshape(-1)[:: grad.numel() // _SAMPLE]
@@ -128,7 +141,7 @@ class _Clipped:
     def settle(self) -> None:
         """Scale the gradients now, if that is due and they are still there, unchanged."""
         grads = [reference() for reference in self._references]
-        if self.due is not None and self.are(grads):
+        if self.due is not None and self.is_of(grads):
             scale_(grads, self.due)
 
 

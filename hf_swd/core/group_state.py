@@ -1,0 +1,139 @@
+"""What the schedule keeps in an optimizer's parameter groups, where users, loggers and every checkpoint format find it.
+
+| key | what |
+|---|---|
+| `weight_decay` | the effective decay of the last step (before the first: the user's); in a checkpoint the user's |
+| `initial_weight_decay` | the user's lambda; not in a checkpoint |
+| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by the user; not in a checkpoint |
+| `reference_steps` | K of the calibration |
+| `unclipped_norm` | whether the schedule follows the gradients before clipping |
+| `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | numbers of the whole model, the same in all groups and on all ranks |
+| `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of the whole model |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .entries import Entry
+
+
+__all__ = [
+    "OPTIONS",
+    "adapted_for_loading",
+    "adopt_assignment",
+    "as_saved",
+    "complete",
+    "numbers_from_elsewhere",
+    "read",
+    "remove",
+    "user_decay",
+    "write_decay",
+]
+
+OPTIONS = ("reference_steps", "unclipped_norm")
+_MARK = "schedule_step"
+_OURS_IN_MEMORY = ("initial_weight_decay", "scheduled_weight_decay")
+
+Group = dict[str, Any]
+
+
+def complete(groups: Sequence[Group], options: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    """Give groups that were added, or loaded, what they lack: from the other groups, else `options` and `numbers`."""
+    chosen = {key: read(groups, key, options[key]) for key in OPTIONS}
+    holder = next((group for group in groups if _MARK in group), numbers)
+    shared = {key: holder[key] for key in numbers if key in holder}
+    for group in groups:
+        if _MARK not in group:
+            group.update(shared)
+        for key, value in {**chosen, **dict.fromkeys(_OURS_IN_MEMORY, group["weight_decay"])}.items():
+            group.setdefault(key, value)
+
+
+def remove(group: Group, keys: Iterable[str]) -> None:
+    """Undo [`complete`]: the group gets the user's decay back."""
+    group["weight_decay"] = user_decay(group)
+    for key in (*_OURS_IN_MEMORY, *OPTIONS, *keys):
+        group.pop(key, None)
+
+
+def read(groups: Iterable[Group], key: str, default: Any = 0) -> Any:
+    """Value that all groups share; `default` where none has it."""
+    return next((group[key] for group in groups if key in group), default)
+
+
+def numbers_from_elsewhere(groups: Iterable[Group], entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
+    """The first group in which someone else than the schedule, which shows `entries`, has put these numbers; `None` if a group
+    still shows them, or none has any."""
+    holders = [group for group in groups if _MARK in group]
+    if not holders or any(group[_MARK] is entries[_MARK] for group in holders):
+        return None
+    return holders[0]
+
+
+def user_decay(group: Group) -> Any:
+    """Lambda, be it what someone has assigned to `weight_decay` since the last step."""
+    value = group["weight_decay"]
+    return group.get("initial_weight_decay", value) if _is_scheduled(group) else value
+
+
+def adopt_assignment(group: Group) -> None:
+    """A value that someone has assigned to `weight_decay` since the last step is the user's new lambda.
+
+    Raises:
+        ValueError: it is negative, infinite or NaN.
+    """
+    if _is_scheduled(group):
+        return
+    value = float(group["weight_decay"])
+    if not 0 <= value < math.inf:
+        raise ValueError(f"weight_decay={value} was assigned to a parameter group: expected a number of at least 0")
+    group.update(weight_decay=value, initial_weight_decay=value, scheduled_weight_decay=value)
+
+
+def write_decay(group: Group, decay: float | Tensor) -> None:
+    """Show the effective decay of a step: a number, or a 0-d tensor on an accelerator."""
+    group["weight_decay"] = group["scheduled_weight_decay"] = decay
+
+
+def as_saved(group: Group, keys: Iterable[str]) -> Group:
+    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, so that any AdamW can go on with it."""
+    saved = {key: value for key, value in group.items() if key not in _OURS_IN_MEMORY}
+    saved["weight_decay"] = user_decay(group)
+    saved.update((key, float(saved[key])) for key in keys if key in saved)
+    if _MARK in saved:
+        saved[_MARK] = int(saved[_MARK])
+    return saved
+
+
+def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iterable[str]) -> list[Group]:
+    """
+    Groups of a checkpoint as the schedule loads them.
+
+    Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are. Groups that an
+    engine saved as they were in memory (hf_swd 0.1 did, too) have their effective decay in `weight_decay`.
+    """
+    foreign = not any(_MARK in group for group in saved)
+    if foreign and len(own) != len(saved):
+        return list(saved)  # torch says what is wrong
+    groups = []
+    for i, group in enumerate(saved):
+        group = {**group, "weight_decay": user_decay(group)}
+        if foreign:
+            group["weight_decay"] = user_decay(own[i])
+            group.update({key: own[i][key] for key in OPTIONS}, **dict.fromkeys(keys, 0))
+        groups.append({key: value for key, value in group.items() if key not in _OURS_IN_MEMORY})
+    return groups
+
+
+def _is_scheduled(group: Group) -> bool:
+    value, scheduled = group["weight_decay"], group.get("scheduled_weight_decay")
+    if value is scheduled:
+        return True
+    if scheduled is None or isinstance(value, Tensor):
+        return False
+    return value == scheduled or (value != value and scheduled != scheduled)  # the schedule's own NaN, copied

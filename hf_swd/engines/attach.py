@@ -1,0 +1,111 @@
+"""`attach`: one call that tells the schedule how a prepared optimizer's model is sharded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..core.blocks import ParameterBlocks
+from ..core.schedule import WeightDecaySchedule, schedule_of
+from .fsdp1 import fsdp1_shards, is_fsdp1_shard
+from .zero import bind_zero, find_zero_optimizer, is_zero_parameter, refuse_replacement, refuse_unscaled_fp16
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+__all__ = ["attach", "is_scheduled"]
+
+
+def is_scheduled(optimizer: Any) -> bool:
+    """Whether `optimizer` has a schedule, or was built with one that an engine has put aside (ZeRO-Offload)."""
+    if schedule_of(optimizer) is not None:
+        return True
+    zero_optimizer = find_zero_optimizer(optimizer)
+    return zero_optimizer is not None and any(
+        "initial_weight_decay" in g for g in zero_optimizer.optimizer.param_groups
+    )
+
+
+def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedule:
+    """
+    Bind the weight decay schedule of an optimizer to the engine that shards its model.
+
+    Needed once, after `accelerator.prepare` or `deepspeed.initialize`, under DeepSpeed ZeRO and FSDP1 in a loop of your own: a
+    Trainer does it by itself, and DDP, FSDP2 and tensor parallelism need nothing. Calling it where nothing is needed, or twice, does no
+    harm. A checkpoint may be loaded before or after.
+
+    Args:
+        optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's engine).
+        model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they are sharded.
+
+    Returns:
+        [`WeightDecaySchedule`]: the schedule, with `grad_rms` and `step_count`.
+
+    Raises:
+        ValueError: the optimizer has no schedule.
+        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model; the message says what to change.
+
+    Example:
+
+    ```python
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    hf_swd.attach(optimizer, model)
+    ```
+    """
+    zero_optimizer = find_zero_optimizer(optimizer) or find_zero_optimizer(model)
+    if zero_optimizer is not None:
+        return bind_zero(zero_optimizer)
+    refuse_unscaled_fp16(optimizer)
+    schedule = schedule_of(optimizer)
+    if schedule is None:
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__}: it has no weight decay schedule; build it with hf_swd.AdamS or wrap it in "
+            "hf_swd.ScheduledWeightDecay before accelerator.prepare"
+        )
+    shards = {} if model is None else fsdp1_shards(model)
+    if shards:
+        schedule.use(schedule.blocks.divided(shards=shards))
+    return schedule
+
+
+def _before_any_step(optimizer: Any, args: tuple, kwargs: dict) -> None:
+    """Before a step of any optimizer: bind what needs no `attach`, and stop where `attach` is missing."""
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        # torch builds the optimizer of each rank's share itself, and so must hand it the ranks.
+        schedule = schedule_of(optimizer.optim)
+        if schedule is not None and schedule.process_group is None:
+            schedule.use(schedule.blocks.divided(process_group=optimizer.process_group))
+        return
+    schedule = schedule_of(optimizer)
+    if schedule is None:
+        refuse_replacement(optimizer)
+    elif isinstance(schedule.blocks, ParameterBlocks) and schedule not in _seen_whole:
+        _refuse_unknown_shards(optimizer, schedule)
+
+
+_seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
+"""Schedules that have made a step with gradients on parameters that nobody divides."""
+
+
+def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule) -> None:
+    """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    originals = [p for reference in schedule.model_params if (p := reference()) is not None]
+    zero = any(map(is_zero_parameter, originals))
+    fsdp = any(is_fsdp1_shard(p) and not schedule.blocks.knows_shard(p) for p in params)
+    if not (zero or fsdp):
+        _seen_whole.add(schedule)
+    elif any(p.grad is not None and p.grad.any() for p in params):
+        raise RuntimeError(
+            f"{'DeepSpeed ZeRO' if zero else 'FSDP'} shards the model, and the weight decay schedule is not attached to it: each rank "
+            "would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with what accelerator.prepare (or "
+            "deepspeed.initialize) returned; a Trainer does it by itself after `import hf_swd`."
+        )
+
+
+register_optimizer_step_pre_hook(_before_any_step)
