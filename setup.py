@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
@@ -16,8 +16,6 @@ extras = {
     "deepspeed": ["deepspeed>=0.18"],
     "quality": ["ruff==0.17.6"],
     "docs": ["sphinx>=8.0", "furo>=2025.7", "myst-parser>=4.0"],
-    # Only for AdamS.use_triton; torch's CUDA builds bring it along.
-    "triton": ['triton>=3.2; platform_system == "Linux"'],
     "benchmark": ["matplotlib>=3.8", "pytorch_optimizer>=4.0"],
     "examples": [
         "datasets>=3.0",
@@ -39,7 +37,6 @@ extras["test"] = [
     "optuna>=4.0",
     "wandb>=0.20",
     *extras["plot"],
-    *extras["triton"],
     *extras["examples"],
 ]
 extras["dev"] = [*extras["test"], *extras["quality"], *extras["docs"], *extras["deepspeed"]]
@@ -55,8 +52,6 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_swd", "hf_swd.*"]),
     package_data={"hf_swd": ["py.typed"]},
-    # For speed only: without a C compiler the package works as well.
-    ext_modules=[Extension("hf_swd._squares", ["hf_swd/_squares.c"], optional=True)],
     python_requires=">=3.10",
     # transformers 5.5 is the first whose Trainer looks optimizers up in a table that can be added to.
     install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.10"],

@@ -4,9 +4,10 @@
     python scripts/benchmark_optimizer_step.py                      # all suites on the CPU; minutes
     python scripts/benchmark_optimizer_step.py --device cuda --suites shapes memory
 
-Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn, repetition by
-repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused AdamW of the same repetition.
-Before a contender is timed its weights are compared with float64 references (tests/reference_adams.py, and torch's AdamW in float64).
+Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn,
+repetition by repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused
+AdamW of the same repetition. Before a contender is timed its weights are compared with float64 references
+(tests/reference_adams.py, and torch's AdamW in float64).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference_adams import ReferenceAdamS  # noqa: E402
 
 import hf_swd  # noqa: E402
-from hf_swd import AdamS, ScheduledWeightDecay, cpu_norm, triton_adam  # noqa: E402
+from hf_swd import AdamS, ScheduledWeightDecay  # noqa: E402
 
 
 LR, DECAY, MAX_NORM = 1e-5, 1e-6, 1.0
@@ -85,23 +86,6 @@ def scheduled_adamw(params: list[Parameter]) -> torch.optim.Optimizer:
     return optimizer
 
 
-class TritonAdamS(AdamS):
-    """With the kernel that reads the decay on the device, whatever HF_SWD_TRITON says."""
-
-    use_triton = True
-
-
-class TorchNormAdamS(AdamS):
-    """As where the norm's kernel has not been compiled."""
-
-    def step(self, closure=None):
-        kernel, cpu_norm._squares = cpu_norm._squares, None
-        try:
-            return super().step(closure)
-        finally:
-            cpu_norm._squares = kernel
-
-
 def contenders(device: torch.device) -> list[Contender]:
     adamw, settings = torch.optim.AdamW, {"lr": LR, "weight_decay": DECAY}
     found = [
@@ -114,15 +98,6 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("AdamS single", lambda ps: AdamS(ps, foreach=False, fused=False, **settings), "adams", heavy=True),
         Contender("ScheduledWeightDecay on AdamW fused", scheduled_adamw, "adams"),
     ]
-    if device.type == "cpu" and cpu_norm._squares is not None:
-        found.append(Contender("AdamS fused, norm by torch", lambda ps: TorchNormAdamS(ps, **settings), "adams"))
-    if device.type == "cuda" and triton_adam.is_available(device):
-        found += [
-            Contender("AdamS Triton", lambda ps: TritonAdamS(ps, **settings), "adams"),
-            Contender(
-                "AdamS Triton, own clipping", lambda ps: TritonAdamS(ps, **settings), "adams", own_clipping=True
-            ),
-        ]
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import AdamS as OtherAdamS
 
@@ -155,7 +130,7 @@ def make(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype
 
 
 def relative_error(contender: Contender, device: torch.device, clip: bool) -> float:
-    """Distance of the weights from the float64 reference after 5 steps, relative to the way from the start, with a strong decay."""
+    """Distance of the weights from the float64 reference after 5 steps with strong decay, relative to their way."""
     shapes = [(300, 70), (64,), (), (5000,), (3, 5, 7)]
     params = make(shapes, device)
     start = [p.detach().double().cpu() for p in params]
@@ -214,7 +189,7 @@ def time_in_turn(
     device: torch.device,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function, in every repetition once; two repetitions warm up. `before` runs before each, not timed."""
+    """Milliseconds of each function, once in every repetition; two warm up. `before` runs before each, not timed."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 2):
         for name, function in functions.items():
@@ -245,7 +220,7 @@ def rows_of(times: dict[str, list[float]], baseline: str, **common: object) -> l
 
 
 def share_moments(optimizers: list[torch.optim.Optimizer], params: list[Parameter]) -> None:
-    """One pair of moments for all, where each with its own would not fit into memory; the weights then mean nothing."""
+    """One pair of moments for all, where each with its own would not fit; the weights then mean nothing."""
     first, *others = optimizers
     first.step()
     for p in params:
@@ -309,7 +284,7 @@ def compare(
 
 
 def peak_extra(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes by which memory in use rises above its level before the call: of the allocator, or (CPU, Linux) of the process."""
+    """Bytes by which memory in use rises during the call: of the allocator, or (CPU, Linux) of the process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -392,7 +367,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def suite_reduction(arguments) -> list[dict]:
-    """A step with and without the sum over the ranks, with gloo on this machine's cores; latency, as the sum is of 16 bytes."""
+    """A step with and without the sum over the ranks, by gloo on this machine's cores: its latency alone."""
     rows = []
     for processes in (2, 4, 8):
         with tempfile.TemporaryDirectory() as folder:
@@ -452,14 +427,19 @@ def machine(arguments) -> list[str]:
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        name = f"{models[0] if models else platform.processor()}, {threads}"
     return [
         f"- device: {name}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}",
-        f"- compiled norm on the CPU: {'no' if cpu_norm._squares is None else 'yes'}",
         f"- command: `python {' '.join(['scripts/benchmark_optimizer_step.py', *sys.argv[1:]])}`",
         f"- date: {datetime.date.today().isoformat()}",
     ]
+
+
+def times_of(row: dict) -> str:
+    """Its cells of median and quartiles."""
+    return f"{row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f}"
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -485,17 +465,11 @@ def table(rows: list[dict]) -> list[str]:
                 "AdamS fused, own clipping": 9,
             }.get(row["contender"])
             speed = f"{4 * words * row['parameters'] / row['median_ms'] / 1e6:.1f} ({words} words)" if words else ""
-            lines.append(
-                f"| {row['contender']} | {row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f} | "
-                f"{row['ratio_to_fused_adamw']:.2f} | {speed} |"
-            )
+            lines.append(f"| {row['contender']} | {times_of(row)} | {row['ratio_to_fused_adamw']:.2f} | {speed} |")
         for row in rows:
             if (row["suite"], row["case"], row["what"]) == (suite, case, "copy"):
                 speed = 8 * row["parameters"] / row["median_ms"] / 1e6
-                lines.append(
-                    f"| {row['contender']} | {row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f} | "
-                    f"| {speed:.1f} (2 words) |"
-                )
+                lines.append(f"| {row['contender']} | {times_of(row)} | | {speed:.1f} (2 words) |")
     return lines
 
 

@@ -49,10 +49,6 @@ def test_core_works_with_torch_alone():
     run_python(block([*OPTIONAL, "transformers", "accelerate", "safetensors", "huggingface_hub", "tqdm"]) + STEP)
 
 
-def test_core_works_where_nothing_was_compiled():
-    run_python(block([f"hf_swd.{name}" for name in COMPILED]) + STEP + "assert hf_swd.cpu_norm._squares is None\n")
-
-
 def test_trainer_works_without_optional_packages():
     """The Trainer's names are imported when they are used, here by the star."""
     run_python(block(OPTIONAL) + STEP + "from hf_swd import *\nSWDTrainer, SWDCallback, create_adams, register()")
@@ -93,15 +89,14 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-COMPILED = {path.stem for path in PACKAGE.glob("*.c")}
 PATHS = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("__")}
 
 
 def lower_modules(module: str) -> set[str]:
     """Modules of the package that a module imports; from the package itself it may take the version only."""
     names = {name.split(".")[1] for name in imported_modules(PATHS[module]) if name.startswith("hf_swd.")}
-    assert names <= {*PATHS, *COMPILED, "__version__"}, (
-        f"{module} imports {names - {*PATHS, *COMPILED}} from the package, which stands above it"
+    assert names <= {*PATHS, "__version__"}, (
+        f"{module} imports {names - set(PATHS)} from the package, which stands above it"
     )
     return names & set(PATHS)
 
@@ -131,8 +126,7 @@ def test_imports_run_downwards(module):
 @pytest.mark.parametrize("module", sorted(reachable("adams") | reachable("scheduled_weight_decay") | {"adams"}))
 def test_core_knows_nothing_of_hugging_face_or_deepspeed(module):
     packages = {name.split(".")[0] for name in imported_modules(PATHS[module])}
-    kernels = {"triton"} if module == "triton_adam" else set()
-    assert packages <= {"torch", "hf_swd", "__future__"} | kernels | sys.stdlib_module_names
+    assert packages <= {"torch", "hf_swd", "__future__"} | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("module", PATHS)
