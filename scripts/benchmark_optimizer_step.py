@@ -6,7 +6,7 @@
 
 Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn, repetition by
 repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused AdamW of the same repetition.
-Before a contender is timed its weights are compared with float64 references (tests/reference_adams.py, and torch's AdamW in float64).
+Before a contender is timed its weights are compared with float64 references (tests/support/reference_adams.py, and torch's AdamW in float64).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.nn import Parameter
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from reference_adams import ReferenceAdamS  # noqa: E402
 

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_task
 
 
 ROOT = Path(__file__).resolve().parents[2]
 for name in ("accelerate", "datasets", "evaluate", "sklearn"):
     pytest.importorskip(name, reason="needs the extra: examples")
-sys.path.insert(0, str(ROOT / "tests"))
-import test_examples  # noqa: E402
 
 
-tiny_bert, tables = test_examples.tiny_bert, test_examples.tables
+tiny_bert, tables = text_task.tiny_bert, text_task.tables
 
 # What the example must say of itself: accelerate may quietly build another engine than was asked for.
 ENGINES = {

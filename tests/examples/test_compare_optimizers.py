@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare_optimizers import METRIC, best_decays, finished, mean_and_error, table
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from compare_optimizers import METRIC, best_decays, finished, mean_and_error, table  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def row(optimizer, decay, seed, accuracy):

@@ -16,16 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 datasets = pytest.importorskip("datasets", reason="needs the extra: examples")
 for name in ("evaluate", "sklearn", "PIL"):
     pytest.importorskip(name, reason="needs the extra: examples")
-from PIL import Image  # noqa: E402
-
-
-sys.path.insert(0, str(ROOT / "examples"))
 import run_image_classification as example  # noqa: E402
 from embedded_images import build_embedded_images  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 SHAPE = "image_size=8,patch_size=4,hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"

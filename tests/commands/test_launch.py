@@ -18,7 +18,7 @@ import pytest
 from hf_swd.launch import main
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "hf_swd", "run"]
 # What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done once and then forked.

@@ -17,17 +17,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reproduce_cifar10
 import torch
+from cifar10_data import FILES, FOLDER, augment, load_cifar10, normalise, random_subset
+from cifar10_models import MODELS, vgg16
+from reproduce_cifar10 import Optimizer, Run, gradient_norm, learning_rate, train
 from torch import nn
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import reproduce_cifar10  # noqa: E402
-from cifar10_data import FILES, FOLDER, augment, load_cifar10, normalise, random_subset  # noqa: E402
-from cifar10_models import MODELS, vgg16  # noqa: E402
-from reproduce_cifar10 import Optimizer, Run, gradient_norm, learning_rate, train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

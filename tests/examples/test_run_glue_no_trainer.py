@@ -8,20 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_task
 import torch
 from safetensors.torch import load_file
 
 
 for name in ("accelerate", "datasets", "evaluate", "sklearn"):
     pytest.importorskip(name, reason="needs the extra: examples")
-import test_examples  # noqa: E402
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import run_glue_no_trainer  # noqa: E402
 
 
-tiny_bert, tables = test_examples.tiny_bert, test_examples.tables
+tiny_bert, tables = text_task.tiny_bert, text_task.tables
 
 
 @pytest.fixture

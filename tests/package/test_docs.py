@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```", re.M | re.S)
 BLOCKS = [
