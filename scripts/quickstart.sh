@@ -19,7 +19,7 @@ train() { # NAME, then the arguments that differ
     local name=$1
     shift
     echo "Training with $name ..."
-    python examples/run_glue.py --embedded --do_train --do_eval --output_dir "$output/$name" --overwrite_output_dir \
+    python examples/classification/run_glue.py --embedded --do_train --do_eval --output_dir "$output/$name" --overwrite_output_dir \
         --weight_decay "$weight_decay" --learning_rate 3e-4 --warmup_steps 0.1 --max_grad_norm 0 --num_train_epochs 1.5 \
         --per_device_train_batch_size 32 --per_device_eval_batch_size 64 --max_seq_length 48 \
         --train_sampling_strategy group_by_length --dataloader_pin_memory False --save_strategy no --seed 42 \

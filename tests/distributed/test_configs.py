@@ -44,7 +44,7 @@ def test_config_trains_under_its_engine(config, tiny_bert, tables, tmp_path):
     if config.startswith("zero"):
         pytest.importorskip("deepspeed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/configs/{config}.yaml"]
-    command += ["--main_process_port", "0", "examples/run_glue_no_trainer.py"]
+    command += ["--main_process_port", "0", "examples/classification/run_glue_no_trainer.py"]
     settings = {
         "model_name_or_path": tiny_bert,
         "train_file": tables["train"],

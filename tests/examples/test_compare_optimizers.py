@@ -1,4 +1,4 @@
-"""examples/compare_optimizers.py: what it computes from runs, and that it goes on where it was interrupted."""
+"""examples/comparisons/compare_optimizers.py: what it computes from runs, and that it goes on where it was interrupted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from compare_optimizers import METRIC, best_decays, finished, mean_and_error, table
+from compare_optimizers import METRIC, best_decays, finished, table
+from tables import mean_and_error
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "comparisons" / "compare_optimizers.py"
 
 
 def row(optimizer, decay, seed, accuracy):
@@ -75,7 +76,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
 
 @pytest.mark.slow
 def test_comparison_runs_and_goes_on(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "compare_optimizers.py"), "--task", "digits", "--seeds", "0"]
+    command = [sys.executable, str(SCRIPT), "--task", "digits", "--seeds", "0"]
     command += ["--adamw_weight_decay", "0.5", "--adams_weight_decay", "0.0005", "--output_dir", str(tmp_path), "--"]
     command += [
         "--max_steps",

@@ -1,4 +1,4 @@
-"""examples/reproduce_cifar10.py: data, models, gradient norm, interruption at any epoch, and the whole script as a user starts it."""
+"""examples/comparisons/reproduce_cifar10.py: data, models, gradient norm, interruption at any epoch, and the whole script as a user starts it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from torch import nn
 
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "comparisons" / "reproduce_cifar10.py"
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +336,7 @@ def test_metrics_are_those_of_the_model(npz, tmp_path):
 
 
 def command(output_dir: Path, data: str, *more: str) -> list[str]:
-    command = [str(ROOT / "examples" / "reproduce_cifar10.py"), "--data", data, "--output_dir", str(output_dir), *more]
+    command = [str(SCRIPT), "--data", data, "--output_dir", str(output_dir), *more]
     command += "--width 2 --epochs 2 --batch_size 16 --grad_norm_images 16 --num_threads 1".split()
     return [*command, "--optimizers", "adams", "adamw:0.05"]
 

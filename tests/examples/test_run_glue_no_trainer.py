@@ -1,4 +1,4 @@
-"""examples/run_glue_no_trainer.py run for real in one process, with a tiny BERT on files."""
+"""examples/classification/run_glue_no_trainer.py run for real in one process, with a tiny BERT on files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/run_image_classification.py: run for real, on the embedded digits and on a few PNG files."""
+"""examples/classification/run_image_classification.py: run for real, on the embedded digits and on a few PNG files."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_photos_are_cut_to_the_size_of_the_model_and_mirrored_half_of_the_time()
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory) -> Path:
-    """Output folder of `python examples/run_image_classification.py arguments.yaml`."""
+    """Output folder of `python examples/classification/run_image_classification.py arguments.yaml`."""
     folder = tmp_path_factory.mktemp("digits")
     arguments = settings(
         folder / "out", max_steps=None, num_train_epochs=3, save_strategy="steps", save_steps=100, logging_steps=10,
@@ -156,7 +156,11 @@ def digits_run(tmp_path_factory) -> Path:
     )  # fmt: skip
     (folder / "arguments.yaml").write_text(json.dumps(arguments))  # a JSON document is a YAML document
     subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "run_image_classification.py"), str(folder / "arguments.yaml")],
+        [
+            sys.executable,
+            str(ROOT / "examples" / "classification" / "run_image_classification.py"),
+            str(folder / "arguments.yaml"),
+        ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=True,
@@ -368,7 +372,7 @@ def test_config_trains_the_vit(config, tmp_path):
     command += ["--fsdp_transformer_layer_cls_to_wrap", "ViTLayer"] if fsdp else ["--mixed_precision", "no"]
     arguments = settings(tmp_path / "out", max_steps=3, use_cpu=None, max_eval_samples=32)
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    command += ["examples/run_image_classification.py", str(tmp_path / "arguments.json")]
+    command += ["examples/classification/run_image_classification.py", str(tmp_path / "arguments.json")]
     paths = [str(ROOT / "tests" / "distributed" / "cpu_shim"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,

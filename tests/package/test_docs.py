@@ -25,18 +25,18 @@ BLOCKS = [
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
-    """(where it stands, name of the example, its arguments) of the documents and of the examples' own docstrings."""
+    """(where it stands, path of the example, its arguments) of the documents and of the examples' own docstrings."""
     texts = {
         path.name: "\n".join(
             m["code"] for m in FENCE.finditer(path.read_text(encoding="utf-8")) if m["language"] == "bash"
         )
         for path in DOCUMENTS
     }
-    for path in sorted((ROOT / "examples").glob("*.py")):
+    for path in sorted((ROOT / "examples").glob("*/*.py")):
         texts[path.name] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     for place, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
-            match = re.match(r"\s*python examples/(\w+)\.py (-.*)", line)
+            match = re.match(r"\s*python examples/([\w/]+)\.py (-.*)", line)
             if match and "..." not in line:
                 yield place, match[1], shlex.split(match[2], comments=True)
 
@@ -62,11 +62,10 @@ def test_links_and_scripts_exist(path):
 @pytest.mark.parametrize(("place", "example", "arguments"), COMMANDS)
 def test_examples_take_the_arguments_that_are_shown(place, example, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", [f"{example}.py", *arguments])
     for folder in ("train", "validation"):
         (tmp_path / "photos" / folder).mkdir(parents=True)
-    module = importlib.import_module(example)
+    module = importlib.import_module(Path(example).name)
     if hasattr(module, "TrainingArguments"):
         module.parse_arguments((module.ModelArguments, module.DataTrainingArguments, module.TrainingArguments))
     else:

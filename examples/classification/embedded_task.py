@@ -4,7 +4,7 @@ The sentences are read, each time the task is built, from the docstrings in the 
 are parsed and never run, and no sentence is stored in this repository. A sentence that names one of the libraries is left out,
 so that its content has to tell. Train and validation share no file, no sentence and no sentence opening.
 
-    python examples/embedded_task.py        # sizes, majority baseline, some sentences
+    python examples/classification/embedded_task.py        # sizes, majority baseline, some sentences
 """
 
 from __future__ import annotations
@@ -215,12 +215,9 @@ def build_embedded_task(sentences_per_library: int = 800, validation_fraction: f
     )
 
 
-def majority_baseline(train_labels: list[int], validation_labels: list[int]) -> float:
-    """Validation accuracy, in [0, 1], of always answering the most frequent training label."""
-    return Counter(validation_labels)[Counter(train_labels).most_common(1)[0][0]] / len(validation_labels)
-
-
 def main() -> None:
+    from scoring import majority_baseline
+
     task = build_embedded_task()
     names = task["train"].features["label"].names
     for split, part in task.items():

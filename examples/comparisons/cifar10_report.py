@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cifar10_models import WIDTH
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Run
-from compare_optimizers import mean_and_error
+from tables import mean_and_error
 
 from hf_swd.plot import COLOURS
 

@@ -1,6 +1,6 @@
 """The paper's experiment: ResNet18 or VGG16 on CIFAR-10 with AdamS, AdamW, Adam and SGD: test error, gradient norm, effective decay.
 
-    python examples/reproduce_cifar10.py --model resnet18 --optimizers adams adamw adam sgd --seeds 0 1 2 --jobs 4 \\
+    python examples/comparisons/reproduce_cifar10.py --model resnet18 --optimizers adams adamw adam sgd --seeds 0 1 2 --jobs 4 \\
         --mixed_precision bf16 --compile --output_dir outputs/cifar10-resnet18
 
 That is the full experiment, for one GPU. In pieces of at most 9 minutes: add `--max_minutes 9` and give the same command again and again.
@@ -8,7 +8,7 @@ The images come from the Hub, or from a file with `--data cifar-10-python.tar.gz
 
 On a CPU, at a scale that finishes:
 
-    python examples/reproduce_cifar10.py --model resnet8 --width 8 --train_images 5000 --epochs 30 --test_every 3 \\
+    python examples/comparisons/reproduce_cifar10.py --model resnet8 --width 8 --train_images 5000 --epochs 30 --test_every 3 \\
         --grad_norm_every 3 --grad_norm_images 2000 --optimizers adams adamw adamw:0.05 adam sgd --output_dir outputs/cifar10-small
 
 Every run has a folder in OUTPUT_DIR: settings.json, metrics.jsonl (a line an epoch) and, until it is finished, checkpoint.pt. The finished
@@ -25,7 +25,6 @@ Source: Xie et al., *On the Overlooked Pitfalls of Weight Decay and How to Mitig
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import multiprocessing
@@ -42,6 +41,7 @@ from cifar10_data import augment, load_cifar10, normalise, random_subset
 from cifar10_models import MODELS, WIDTH
 from cifar10_report import plot, result_of, scale_of, table
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Optimizer, Run, replace
+from tables import write_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -284,10 +284,7 @@ def main() -> None:
               "goes on with them")  # fmt: skip
         return
     results = [result_of(run) for run in runs]
-    with (arguments.output_dir / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, results[0])
-        writer.writeheader()
-        writer.writerows(results)
+    write_csv(results, arguments.output_dir / "results.csv")
     scale = scale_of(arguments, num_train)
     text = table(runs, results, scale)
     (arguments.output_dir / "results.md").write_text(text)

@@ -2,12 +2,12 @@
 
 The tasks are those of run_glue.py: a GLUE task, files, or the embedded task that needs no download.
 
-    accelerate launch examples/run_glue_no_trainer.py --embedded --output_dir outputs/no_trainer \\
+    accelerate launch examples/classification/run_glue_no_trainer.py --embedded --output_dir outputs/no_trainer \\
         --reference_steps 20 --weight_decay 0.01 --learning_rate 1e-4 --per_device_train_batch_size 32 --max_length 64
 
 Any engine that Accelerate knows, without a change here:
 
-    accelerate launch --config_file examples/configs/zero3.yaml examples/run_glue_no_trainer.py ...
+    accelerate launch --config_file examples/configs/zero3.yaml examples/classification/run_glue_no_trainer.py ...
 """
 
 from __future__ import annotations
@@ -26,29 +26,11 @@ import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from embedded_task import majority_baseline
-from run_glue import (
-    TASK_TO_KEYS,
-    DataTrainingArguments,
-    ModelArguments,
-    class_labels,
-    embedded_model_folder,
-    label_numbers,
-    load_data,
-    make_compute_metrics,
-    text_columns,
-)
+from scoring import majority_baseline, make_compute_metrics
+from text_data import TASK_TO_KEYS, DataSource, checkpoint_name, load_data, load_model, make_preprocess
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    SchedulerType,
-    get_scheduler,
-)
+from transformers import DataCollatorWithPadding, EvalPrediction, SchedulerType, get_scheduler
 
 import hf_swd
 
@@ -156,7 +138,7 @@ def engine_name(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any
 
 def main() -> None:
     args = parse_args()
-    data_args = DataTrainingArguments(
+    source = DataSource(
         task_name=args.task_name,
         train_file=args.train_file,
         validation_file=args.validation_file,
@@ -184,38 +166,17 @@ def main() -> None:
     os.makedirs(args.output_dir, exist_ok=True)
 
     # Data and model
-    model_name = args.model_name_or_path
-    if model_name is None:
-        if not args.embedded:
-            raise ValueError("model_name_or_path=None; name a checkpoint, such as google-bert/bert-base-cased.")
-        model_name = embedded_model_folder()
-    data = load_data(data_args, ModelArguments())
-    labels = class_labels(data["train"])
-    is_regression = labels is None
-    config = AutoConfig.from_pretrained(
-        model_name, num_labels=1 if labels is None else len(labels), finetuning_task=args.task_name
+    model_name = checkpoint_name(args.model_name_or_path, args.embedded)
+    data = load_data(source)
+    model, tokenizer, numbers = load_model(
+        model_name, data["train"], source.task_name, ignore_mismatched_sizes=args.ignore_mismatched_sizes
     )
-    label_to_number: dict[object, int] = {}
-    if labels is not None:
-        label_to_number = label_numbers(labels, config)
-        config.label2id = {name: label_to_number[value] for value, name in labels}
-        config.id2label = {number: name for name, number in config.label2id.items()}
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes
+    is_regression = numbers is None
+    columns = data["train"].column_names
+    preprocess = make_preprocess(
+        source.task_name, columns, tokenizer, numbers, args.max_length, args.pad_to_max_length
     )
-
-    first, second = text_columns(args.task_name, data["train"].column_names)
-    max_length = min(args.max_length, tokenizer.model_max_length)
-
-    def preprocess(examples: dict[str, list]) -> dict[str, list]:
-        texts = (examples[first],) if second is None else (examples[first], examples[second])
-        padding = "max_length" if args.pad_to_max_length else False
-        result = tokenizer(*texts, padding=padding, max_length=max_length, truncation=True)
-        result["labels"] = [float(x) if is_regression else label_to_number[x] for x in examples["label"]]
-        return result
-
-    suffixes = ("_matched", "_mismatched") if args.task_name == "mnli" else ("",)
+    suffixes = source.suffixes
     limits = {"train": args.max_train_samples} | {f"validation{suffix}": args.max_eval_samples for suffix in suffixes}
     with accelerator.main_process_first():
         data = {
@@ -234,9 +195,7 @@ def main() -> None:
     eval_dataloaders = [
         dataloader_of(f"validation{suffix}", args.per_device_eval_batch_size, shuffle=False) for suffix in suffixes
     ]
-    compute_metrics = make_compute_metrics(
-        args.task_name or ("regression" if is_regression else "classification"), is_regression
-    )
+    compute_metrics = make_compute_metrics(source.task_name, is_regression)
 
     # AdamS: built before `prepare` as any other optimizer, attached to the engine after it.
     optimizer = hf_swd.create_adams(

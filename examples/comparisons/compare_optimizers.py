@@ -1,7 +1,7 @@
 """Compares AdamS with AdamW over a grid of weight decays and over seeds, on a task of these examples: CSV, table, plots.
 
-    python examples/compare_optimizers.py --task digits --seeds 0 1 2 3 4 --output_dir outputs/compare-digits
-    python examples/compare_optimizers.py --task text --seeds 0 1 2 --adamw_weight_decay 0.01 1 5 --adams_weight_decay 0.01 1 5 \\
+    python examples/comparisons/compare_optimizers.py --task digits --seeds 0 1 2 3 4 --output_dir outputs/compare-digits
+    python examples/comparisons/compare_optimizers.py --task text --seeds 0 1 2 --adamw_weight_decay 0.01 1 5 --adams_weight_decay 0.01 1 5 \\
         --adams_args reference_steps=18 --output_dir outputs/compare-text -- --num_train_epochs 3
 
 Every run is a process of its own in OUTPUT_DIR/RUN. Called again, it goes on where it was interrupted: finished runs are read, not
@@ -14,7 +14,6 @@ equal grids keep that fair, but it is not a test error.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -24,12 +23,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from tables import mean_and_error, write_csv
 from tqdm import tqdm
 
 from hf_swd.plot import COLOURS, plot_runs
 
 
-HERE = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1] / "classification"
 SHARED = (
     "--embedded --do_train --do_eval --max_grad_norm 0 --save_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False"
@@ -100,7 +100,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
         code = subprocess.call(
             [
                 sys.executable,
-                str(HERE / command[0]),
+                str(SCRIPTS / command[0]),
                 *command[1:],
                 "--output_dir",
                 str(folder),
@@ -130,12 +130,6 @@ def result_of(run: Run, folder: Path) -> dict:
         "final_weight_decay": decays[-1],
         "train_runtime": results["train_runtime"],
     }
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (NaN for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
 
 
 def best_decays(rows: list[dict]) -> dict[str, float]:
@@ -260,10 +254,7 @@ def main() -> None:
         progress.set_postfix_str(run.name)
         execute(run, arguments)
     rows = [result_of(run, arguments.output_dir / run.name) for run in runs]
-    with (arguments.output_dir / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, arguments.output_dir / "results.csv")
     text = table(rows)
     (arguments.output_dir / "results.md").write_text(text)
     plot_robustness(rows, arguments.output_dir / "robustness.png")

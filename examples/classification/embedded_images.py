@@ -3,7 +3,7 @@
 1797 images of 8 x 8 pixels, ten classes (UCI "Optical Recognition of Handwritten Digits", its test part). The split is fixed and
 keeps the share of each class; as the data set does not say who wrote a digit, one hand may occur in several splits.
 
-    python examples/embedded_images.py        # sizes, classes, some digits as text
+    python examples/classification/embedded_images.py        # sizes, classes, some digits as text
 """
 
 from __future__ import annotations

@@ -3,24 +3,24 @@
 Without a download (a small ViT from random weights, handwritten digits from scikit-learn; see embedded_images.py):
 
     pip install -e ".[examples]"
-    python examples/run_image_classification.py --embedded --do_train --do_eval --do_predict --output_dir outputs/digits \\
+    python examples/classification/run_image_classification.py --embedded --do_train --do_eval --do_predict --output_dir outputs/digits \\
         --optim adams --weight_decay 5e-4 --learning_rate 1e-3 --max_grad_norm 0 --warmup_steps 100 --lr_scheduler_type cosine \\
         --per_device_train_batch_size 32 --num_train_epochs 40 --logging_steps 50 --report_to tensorboard
 
 A data set from the Hub:
 
-    python examples/run_image_classification.py --dataset_name AI-Lab-Makerere/beans --image_column_name image \\
+    python examples/classification/run_image_classification.py --dataset_name AI-Lab-Makerere/beans --image_column_name image \\
         --label_column_name labels --model_name_or_path google/vit-base-patch16-224-in21k --do_train --do_eval --do_predict \\
         --optim adams --optim_args reference_steps=50 --weight_decay 0.01 --learning_rate 3e-5 --max_grad_norm 0 \\
         --num_train_epochs 3 --output_dir outputs/beans
 
 Folders (one subfolder of images for each class, or images and a metadata.csv):
 
-    python examples/run_image_classification.py --train_dir photos/train --validation_dir photos/validation \\
+    python examples/classification/run_image_classification.py --train_dir photos/train --validation_dir photos/validation \\
         --model_name_or_path google/vit-base-patch16-224-in21k --do_train --do_eval --optim adams --output_dir outputs/photos
 
-All arguments from a file: `python examples/run_image_classification.py arguments.yaml` (or .json). Several processes:
-`accelerate launch examples/run_image_classification.py ...`. Training goes on from the last checkpoint in --output_dir if there is one.
+All arguments from a file: `python examples/classification/run_image_classification.py arguments.yaml` (or .json). Several processes:
+`accelerate launch examples/classification/run_image_classification.py ...`. Training goes on from the last checkpoint in --output_dir if there is one.
 """
 
 from __future__ import annotations
@@ -36,31 +36,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from embedded_images import build_embedded_images
-from embedded_task import majority_baseline
 from PIL import Image
-from run_glue import (
-    find_checkpoint,
-    label_numbers,
-    make_compute_metrics,
-    parse_arguments,
-    save_model,
-    set_up_logging,
-)
+from scoring import answers_of, majority_baseline, make_compute_metrics, number_classes
+from trainer_setup import HubArguments, OutputArguments, parse_arguments, publish, save_training, start
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    PretrainedConfig,
     PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
-    set_seed,
 )
 
 import hf_swd  # makes --optim adams known to TrainingArguments
@@ -82,7 +72,7 @@ SUBSET_SEED = 0  # the same samples in every run, whatever its seed
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(HubArguments):
     """Which model to train: a checkpoint, or a ViT from random weights."""
 
     model_name_or_path: str | None = field(
@@ -100,14 +90,6 @@ class ModelArguments:
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Image processor, if it is not the model's own."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep downloads from the Hub."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    token: str | None = field(
-        default=None, metadata={"help": "Access token of the Hub; by default the one stored by `hf auth login`."}
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a classification head of another size instead of stopping."}
-    )
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and self.config_overrides is not None:
@@ -118,7 +100,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataTrainingArguments:
+class DataTrainingArguments(OutputArguments):
     """What to train and evaluate on: exactly one of `dataset_name`, `train_dir`, `embedded`."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set: a name on the Hub, or a folder."})
@@ -144,9 +126,6 @@ class DataTrainingArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples, drawn once."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many samples, drawn once."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first samples to predict."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start from the beginning although --output_dir holds something."}
-    )
 
     def __post_init__(self) -> None:
         folders = {name: getattr(self, name) for name in ("train_dir", "validation_dir", "test_dir")}
@@ -396,23 +375,17 @@ def load_model(
 ) -> tuple[PreTrainedModel, BaseImageProcessor, dict[str, int]]:
     """Model, image processor, number of every class."""
 
-    def number_classes(config: PretrainedConfig) -> dict[str, int]:
-        numbers = label_numbers([(name, name) for name in classes], config)
-        config.label2id = numbers
-        config.id2label = {number: name for name, number in numbers.items()}
-        return numbers
-
+    labels = [(name, name) for name in classes]
     name = model_args.model_name_or_path
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
     if name is None:
         config = small_vit_config(model_args.config_overrides)
-        numbers = number_classes(config)
+        numbers = number_classes(labels, config)
         model = AutoModelForImageClassification.from_config(config)
     else:
-        config = AutoConfig.from_pretrained(name, num_labels=len(classes), **hub)
-        numbers = number_classes(config)
+        config = AutoConfig.from_pretrained(name, num_labels=len(classes), **model_args.hub)
+        numbers = number_classes(labels, config)
         model = AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **hub
+            name, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **model_args.hub
         )
     processor_name = model_args.image_processor_name or name
     if processor_name is None:
@@ -420,7 +393,7 @@ def load_model(
         size = {"height": config.image_size, "width": config.image_size}
         processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
     else:
-        processor = AutoImageProcessor.from_pretrained(processor_name, **hub)
+        processor = AutoImageProcessor.from_pretrained(processor_name, **model_args.hub)
     return model, processor, numbers
 
 
@@ -440,16 +413,12 @@ def checkpoints_that_can_be_resumed(model: PreTrainedModel) -> Iterator[None]:
 
 def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataTrainingArguments, TrainingArguments))
-    set_up_logging(training_args)
-    logger.setLevel(training_args.get_process_log_level())
-    logger.info(f"Training arguments: {training_args}")
     if model_args.model_name_or_path is None and model_args.config_overrides is None and not data_args.embedded:
         raise ValueError(
             "model_name_or_path=None; name a checkpoint, such as google/vit-base-patch16-224-in21k, or describe a ViT to train from "
             "random weights by --config_overrides."
         )
-    checkpoint = find_checkpoint(training_args, data_args.overwrite_output_dir) if training_args.do_train else None
-    set_seed(training_args.seed)
+    checkpoint = start(training_args, data_args.overwrite_output_dir, logger)
 
     with training_args.main_process_first(desc="loading the data"):
         data = load_data(data_args, model_args)
@@ -481,7 +450,7 @@ def main() -> None:
         args=training_args,
         train_dataset=train_dataset if training_args.do_train else None,
         eval_dataset=eval_dataset if training_args.do_eval else None,
-        compute_metrics=make_compute_metrics("classification", is_regression=False),
+        compute_metrics=make_compute_metrics(),
         processing_class=processor,
         callbacks=[EpochCallback(train_dataset)],
     )
@@ -489,11 +458,7 @@ def main() -> None:
     if training_args.do_train:
         with checkpoints_that_can_be_resumed(model):
             result = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = {**result.metrics, "train_samples": len(train_dataset)}
-        save_model(trainer)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        save_training(trainer, result, len(train_dataset))
 
     if training_args.do_eval:
         metrics = trainer.evaluate()
@@ -512,8 +477,7 @@ def main() -> None:
         trainer.log_metrics("predict", metrics)
         trainer.save_metrics("predict", metrics)
         if trainer.is_world_process_zero():
-            logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-            answers = (model.config.id2label[number] for number in np.argmax(logits, axis=1))
+            answers = (model.config.id2label[number] for number in answers_of(prediction.predictions))
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             (Path(training_args.output_dir) / "predict_results.txt").write_text("\n".join(lines) + "\n")
 
@@ -524,10 +488,7 @@ def main() -> None:
         card["dataset"] = "handwritten digits of scikit-learn"
     elif data_args.dataset_name is not None:
         card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    publish(trainer, card)
 
 
 if __name__ == "__main__":
