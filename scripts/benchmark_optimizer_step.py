@@ -4,9 +4,10 @@
     python scripts/benchmark_optimizer_step.py                      # all suites on the CPU; minutes
     python scripts/benchmark_optimizer_step.py --device cuda --suites shapes memory
 
-Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn, repetition by
-repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused AdamW of the same repetition.
-Before a contender is timed its weights are compared with float64 references (tests/support/reference_adams.py, and torch's AdamW in float64).
+Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn,
+repetition by repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused
+AdamW of the same repetition. Before a contender is timed its weights are compared with float64 references
+(tests/support/reference_adams.py, and torch's AdamW in float64).
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def make(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype
 
 
 def relative_error(contender: Contender, device: torch.device, clip: bool) -> float:
-    """Distance of the weights from the float64 reference after 5 steps, relative to the way from the start, with a strong decay."""
+    """Distance from the float64 reference after 5 steps with a strong decay, relative to the way from the start."""
     shapes = [(300, 70), (64,), (), (5000,), (3, 5, 7)]
     params = make(shapes, device)
     start = [p.detach().double().cpu() for p in params]
@@ -214,7 +215,7 @@ def time_in_turn(
     device: torch.device,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function, in every repetition once; two repetitions warm up. `before` runs before each, not timed."""
+    """Milliseconds of each function, once per repetition; two repetitions warm up. `before` runs first, not timed."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions + 2):
         for name, function in functions.items():
@@ -245,7 +246,7 @@ def rows_of(times: dict[str, list[float]], baseline: str, **common: object) -> l
 
 
 def share_moments(optimizers: list[torch.optim.Optimizer], params: list[Parameter]) -> None:
-    """One pair of moments for all, where each with its own would not fit into memory; the weights then mean nothing."""
+    """One pair of moments for all, where one for each would not fit into memory; the weights then mean nothing."""
     first, *others = optimizers
     first.step()
     for p in params:
@@ -309,7 +310,7 @@ def compare(
 
 
 def peak_extra(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes by which memory in use rises above its level before the call: of the allocator, or (CPU, Linux) of the process."""
+    """Bytes by which the memory in use rises during the call: of the allocator, or (CPU, Linux) of the process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -392,7 +393,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def suite_reduction(arguments) -> list[dict]:
-    """A step with and without the sum over the ranks, with gloo on this machine's cores; latency, as the sum is of 16 bytes."""
+    """A step with and without the sum over the ranks (gloo, this machine's cores): latency, as it is of 16 bytes."""
     rows = []
     for processes in (2, 4, 8):
         with tempfile.TemporaryDirectory() as folder:
@@ -452,7 +453,8 @@ def machine(arguments) -> list[str]:
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        model = models[0] if models else platform.processor()
+        name = f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return [
         f"- device: {name}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}",
@@ -460,6 +462,11 @@ def machine(arguments) -> list[str]:
         f"- command: `python {' '.join(['scripts/benchmark_optimizer_step.py', *sys.argv[1:]])}`",
         f"- date: {datetime.date.today().isoformat()}",
     ]
+
+
+def _timed(row: dict) -> str:
+    quartiles = f"{row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f}"
+    return f"| {row['contender']} | {row['median_ms']:.2f} | {quartiles} | "
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -485,17 +492,11 @@ def table(rows: list[dict]) -> list[str]:
                 "AdamS fused, own clipping": 9,
             }.get(row["contender"])
             speed = f"{4 * words * row['parameters'] / row['median_ms'] / 1e6:.1f} ({words} words)" if words else ""
-            lines.append(
-                f"| {row['contender']} | {row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f} | "
-                f"{row['ratio_to_fused_adamw']:.2f} | {speed} |"
-            )
+            lines.append(f"{_timed(row)}{row['ratio_to_fused_adamw']:.2f} | {speed} |")
         for row in rows:
             if (row["suite"], row["case"], row["what"]) == (suite, case, "copy"):
                 speed = 8 * row["parameters"] / row["median_ms"] / 1e6
-                lines.append(
-                    f"| {row['contender']} | {row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f} | "
-                    f"| {speed:.1f} (2 words) |"
-                )
+                lines.append(f"{_timed(row)}| {speed:.1f} (2 words) |")
     return lines
 
 

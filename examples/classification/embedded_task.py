@@ -1,8 +1,9 @@
-"""A real sentence-classification task that needs no download: which library does a sentence of documentation come from?
+"""A real sentence-classification task without a download: which library does a sentence of documentation come from?
 
-The sentences are read, each time the task is built, from the docstrings in the source files of installed packages. The files
-are parsed and never run, and no sentence is stored in this repository. A sentence that names one of the libraries is left out,
-so that its content has to tell. Train and validation share no file, no sentence and no sentence opening.
+The sentences are read, each time the task is built, from the docstrings in the source files of installed packages. The
+files are parsed and never run, and no sentence is stored in this repository. A sentence that names one of the
+libraries is left out, so that its content has to tell. Train and validation share no file, no sentence and no sentence
+opening.
 
     python examples/classification/embedded_task.py        # sizes, majority baseline, some sentences
 """
@@ -74,7 +75,7 @@ def source_folder(library: str) -> Path | None:
 
 
 def _source_files(folder: Path) -> list[tuple[str, Path]]:
-    """(relative name, path) in the order of a hash of the name: any prefix is a fair sample, the same on every file system."""
+    """(relative name, path) by a hash of the name: any prefix is a fair sample, the same on every file system."""
     files: dict[str, Path] = {}
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = set(subfolders) - SKIPPED_FOLDERS
@@ -126,7 +127,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def sentences_of(text: str) -> Iterator[str]:
-    """Yields the sentences of a documentation text, verbatim but for white space, that are prose and name no library."""
+    """Yields the sentences of a text, verbatim but for white space, that are prose and name no library."""
     for block in _blocks(text):
         for sentence in _SENTENCE_END.split(block):
             num_words = len(re.findall(r"[A-Za-z]{2,}", sentence))
@@ -160,12 +161,12 @@ def build_embedded_task(sentences_per_library: int = 800, validation_fraction: f
 
     Args:
         sentences_per_library (`int`, *optional*, defaults to 800): most sentences of one class, 200 or more.
-        validation_fraction (`float`, *optional*, defaults to 0.2): share of each class in the validation split, in (0, 1);
-            whole files go there until it is reached.
+        validation_fraction (`float`, *optional*, defaults to 0.2): share of each class in the validation split,
+            in (0, 1); whole files go there until it is reached.
 
     Returns:
-        `DatasetDict` with splits `train` and `validation` and columns `sentence`, `label` (class names in its feature) and
-        `source` (library/file). The same rows in the same order wherever the same versions are installed.
+        `DatasetDict` with splits `train` and `validation` and columns `sentence`, `label` (class names in its feature)
+        and `source` (library/file). The same rows in the same order wherever the same versions are installed.
 
     Raises:
         ValueError: an argument is out of range.
@@ -188,8 +189,8 @@ def build_embedded_task(sentences_per_library: int = 800, validation_fraction: f
     if len(classes) < len(LIBRARIES):
         counts = ", ".join(f"{library}: {len(kept[library])}" for library in LIBRARIES)
         message = (
-            f"embedded task: sentences found: {counts}; a class needs {MIN_SENTENCES_PER_LIBRARY}. Install the libraries, "
-            'with their source files, by: pip install -e ".[examples]"'
+            f"embedded task: sentences found: {counts}; a class needs {MIN_SENTENCES_PER_LIBRARY}. "
+            'Install the libraries, with their source files, by: pip install -e ".[examples]"'
         )
         if len(classes) < MIN_LIBRARIES:
             raise RuntimeError(message)

@@ -1,26 +1,29 @@
-"""Trains a vision transformer (ViT), or another image classifier of Transformers, with AdamS or with any other optimizer of the Trainer.
+"""Trains a ViT, or another image classifier of Transformers, with AdamS or any other optimizer of the Trainer.
 
 Without a download (a small ViT from random weights, handwritten digits from scikit-learn; see embedded_images.py):
 
     pip install -e ".[examples]"
-    python examples/classification/run_image_classification.py --embedded --do_train --do_eval --do_predict --output_dir outputs/digits \\
-        --optim adams --weight_decay 5e-4 --learning_rate 1e-3 --max_grad_norm 0 --warmup_steps 100 --lr_scheduler_type cosine \\
-        --per_device_train_batch_size 32 --num_train_epochs 40 --logging_steps 50 --report_to tensorboard
+    python examples/classification/run_image_classification.py --embedded --do_train --do_eval --do_predict \\
+        --output_dir outputs/digits --optim adams --weight_decay 5e-4 --learning_rate 1e-3 --max_grad_norm 0 \\
+        --warmup_steps 100 --lr_scheduler_type cosine --per_device_train_batch_size 32 --num_train_epochs 40 \\
+        --logging_steps 50 --report_to tensorboard
 
 A data set from the Hub:
 
-    python examples/classification/run_image_classification.py --dataset_name AI-Lab-Makerere/beans --image_column_name image \\
-        --label_column_name labels --model_name_or_path google/vit-base-patch16-224-in21k --do_train --do_eval --do_predict \\
-        --optim adams --optim_args reference_steps=50 --weight_decay 0.01 --learning_rate 3e-5 --max_grad_norm 0 \\
-        --num_train_epochs 3 --output_dir outputs/beans
+    python examples/classification/run_image_classification.py --dataset_name AI-Lab-Makerere/beans \\
+        --image_column_name image --label_column_name labels --model_name_or_path google/vit-base-patch16-224-in21k \\
+        --do_train --do_eval --do_predict --optim adams --optim_args reference_steps=50 --weight_decay 0.01 \\
+        --learning_rate 3e-5 --max_grad_norm 0 --num_train_epochs 3 --output_dir outputs/beans
 
 Folders (one subfolder of images for each class, or images and a metadata.csv):
 
-    python examples/classification/run_image_classification.py --train_dir photos/train --validation_dir photos/validation \\
-        --model_name_or_path google/vit-base-patch16-224-in21k --do_train --do_eval --optim adams --output_dir outputs/photos
+    python examples/classification/run_image_classification.py --train_dir photos/train \\
+        --validation_dir photos/validation --model_name_or_path google/vit-base-patch16-224-in21k --do_train \\
+        --do_eval --optim adams --output_dir outputs/photos
 
-All arguments from a file: `python examples/classification/run_image_classification.py arguments.yaml` (or .json). Several processes:
-`accelerate launch examples/classification/run_image_classification.py ...`. Training goes on from the last checkpoint in --output_dir if there is one.
+All arguments from a file: `python examples/classification/run_image_classification.py arguments.yaml` (or .json).
+Several processes: `accelerate launch examples/classification/run_image_classification.py ...`. Training goes on from
+the last checkpoint in --output_dir if there is one.
 """
 
 from __future__ import annotations
@@ -82,9 +85,8 @@ class ModelArguments(HubArguments):
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Settings of the ViT from random weights, such as hidden_size=128,num_hidden_layers=6; the others are "
-            + ", ".join(f"{key}={value}" for key, value in SMALL_VIT.items())
-            + "."
+            "help": "Settings of the ViT from random weights, such as hidden_size=128,num_hidden_layers=6; the others "
+            "are " + ", ".join(f"{key}={value}" for key, value in SMALL_VIT.items()) + "."
         },
     )
     image_processor_name: str | None = field(
@@ -94,8 +96,8 @@ class ModelArguments(HubArguments):
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and self.config_overrides is not None:
             raise ValueError(
-                f"config_overrides={self.config_overrides!r} with model_name_or_path={self.model_name_or_path!r}; a checkpoint "
-                "has its own settings: leave one of the two out."
+                f"config_overrides={self.config_overrides!r} with model_name_or_path={self.model_name_or_path!r}; "
+                "a checkpoint has its own settings: leave one of the two out."
             )
 
 
@@ -119,8 +121,8 @@ class DataTrainingArguments(OutputArguments):
     augmentation: str | None = field(
         default=None,
         metadata={
-            "help": "Random changes of training images. photos: cut-outs and mirroring; digits: small shifts and rotations; "
-            "none. By default digits with --embedded, else photos."
+            "help": "Random changes of training images. photos: cut-outs and mirroring; digits: small shifts and "
+            "rotations; none. By default digits with --embedded, else photos."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples, drawn once."})
@@ -136,7 +138,8 @@ class DataTrainingArguments(OutputArguments):
         ]
         if sum(sources) != 1 or (sources[1] and self.train_dir is None):
             raise ValueError(
-                f"dataset_name={self.dataset_name!r}, {', '.join(f'{name}={folder!r}' for name, folder in folders.items())}, "
+                f"dataset_name={self.dataset_name!r}, "
+                f"{', '.join(f'{name}={folder!r}' for name, folder in folders.items())}, "
                 f"embedded={self.embedded}; expected exactly one source: --dataset_name, --train_dir (with or without "
                 "--validation_dir and --test_dir), or --embedded."
             )
@@ -158,7 +161,7 @@ class DataTrainingArguments(OutputArguments):
 
 
 def load_data(data_args: DataTrainingArguments, model_args: ModelArguments) -> datasets.DatasetDict:
-    """Splits train, validation and, where there is one, test, with columns `image` (RGB) and `label` (not always in test)."""
+    """Splits train, validation and perhaps test, with columns `image` (RGB) and `label` (in test not always)."""
     if data_args.embedded:
         data = build_embedded_images()
     elif data_args.dataset_name is not None:
@@ -211,7 +214,8 @@ def uniform_columns(part: datasets.Dataset, split: str, data_args: DataTrainingA
                 del wanted[argument]
                 continue
             raise ValueError(
-                f"{argument}={column!r} is not a column of the {split} data; its columns are {', '.join(part.column_names)}."
+                f"{argument}={column!r} is not a column of the {split} data; "
+                f"its columns are {', '.join(part.column_names)}."
                 + (" In a folder, every class needs a subfolder of its own." if data_args.train_dir else "")
             )
     part = part.select_columns([getattr(data_args, argument) for argument in wanted])
@@ -251,7 +255,8 @@ def all_classes(train: datasets.Dataset, label_column_name: str) -> list[str]:
         )
     if len(names) < 2:
         raise ValueError(
-            f"label_column_name={label_column_name!r}: the training data have one class only, {names}; expected two or more."
+            f"label_column_name={label_column_name!r}: the training data have one class only, {names}; "
+            "expected two or more."
         )
     return names
 
@@ -294,8 +299,9 @@ class ImageDataset(torch.utils.data.Dataset):
     """
     Images as the model takes them, made when they are asked for.
 
-    The augmentation of an image depends on the seed, the epoch and its place in the data set only. So a resumed run sees the images
-    that the uninterrupted run saw, as does a run with another number of processes or of data loader workers.
+    The augmentation of an image depends on the seed, the epoch and its place in the data set only. So a resumed run
+    sees the images that the uninterrupted run saw, as does a run with another number of processes or of data loader
+    workers.
 
     Args:
         data (`Dataset`): with columns `image` and, perhaps, `label`.
@@ -360,12 +366,14 @@ def small_vit_config(overrides: str | None) -> ViTConfig:
             config.update_from_string(overrides)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"config_overrides={overrides!r}: {error}; expected settings of ViTConfig such as hidden_size=128,patch_size=2."
+                f"config_overrides={overrides!r}: {error}; expected settings of ViTConfig such as "
+                "hidden_size=128,patch_size=2."
             ) from error
     if config.image_size % config.patch_size or config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"config_overrides={overrides!r}: image_size={config.image_size} must be a multiple of patch_size={config.patch_size}, "
-            f"and hidden_size={config.hidden_size} of num_attention_heads={config.num_attention_heads}."
+            f"config_overrides={overrides!r}: image_size={config.image_size} must be a multiple of "
+            f"patch_size={config.patch_size}, and hidden_size={config.hidden_size} of "
+            f"num_attention_heads={config.num_attention_heads}."
         )
     return config
 
@@ -401,8 +409,9 @@ def load_model(
 def checkpoints_that_can_be_resumed(model: PreTrainedModel) -> Iterator[None]:
     """Has checkpoints keep the names that the weights have in the model.
 
-    `save_pretrained` writes the names that a model had when it was published, as for ViT, and `from_pretrained` translates them back.
-    But the Trainer (transformers 5.23 and before) loads its checkpoints without translating: it would go on from random weights.
+    `save_pretrained` writes the names that a model had when it was published, as for ViT, and `from_pretrained`
+    translates them back. But the Trainer (transformers 5.23 and before) loads its checkpoints without translating: it
+    would go on from random weights.
     """
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     try:
@@ -415,8 +424,8 @@ def main() -> None:
     model_args, data_args, training_args = parse_arguments((ModelArguments, DataTrainingArguments, TrainingArguments))
     if model_args.model_name_or_path is None and model_args.config_overrides is None and not data_args.embedded:
         raise ValueError(
-            "model_name_or_path=None; name a checkpoint, such as google/vit-base-patch16-224-in21k, or describe a ViT to train from "
-            "random weights by --config_overrides."
+            "model_name_or_path=None; name a checkpoint, such as google/vit-base-patch16-224-in21k, or describe a ViT "
+            "to train from random weights by --config_overrides."
         )
     checkpoint = start(training_args, data_args.overwrite_output_dir, logger)
 

@@ -93,7 +93,8 @@ def find_checkpoint(training_args: TrainingArguments, overwrite: bool) -> str | 
         raise ValueError(f"resume_from_checkpoint={asked!r}, but there is no checkpoint in output_dir={folder!r}.")
     elif os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise ValueError(
-            f"output_dir={folder!r} is not empty and holds no checkpoint; choose another one or add --overwrite_output_dir."
+            f"output_dir={folder!r} is not empty and holds no checkpoint; choose another one or add "
+            "--overwrite_output_dir."
         )
     return last
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 as tensors: from the Hub, from the usual archive for Python or from an .npz file; augmentation of whole tensors at once."""
+"""CIFAR-10 as tensors: from the Hub, the usual archive for Python or an .npz file; augmentation of whole tensors."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def load_cifar10(data: str = "hub") -> dict[str, Split]:
     Loads the splits `train` and `test`.
 
     Args:
-        data (`str`, defaults to "hub"): "hub" (needs `datasets`), or a path: cifar-10-python.tar.gz, the folder it unpacks to, or an
-            .npz file with x_train, y_train, x_test, y_test.
+        data (`str`, defaults to "hub"): "hub" (needs `datasets`), or a path: cifar-10-python.tar.gz, the folder it
+            unpacks to, or an .npz file with x_train, y_train, x_test, y_test.
 
     Returns:
-        `dict[str, tuple[Tensor, Tensor]]`: of each split the images, uint8 of shape (count, 32, 32, 3), and the labels, int64.
+        `dict[str, tuple[Tensor, Tensor]]`: of each split the images, uint8 of shape (count, 32, 32, 3), and the
+        labels, int64.
 
     Raises:
         FileNotFoundError, ValueError: nothing at that path, or not CIFAR-10 in one of these forms.
@@ -46,7 +47,8 @@ def load_cifar10(data: str = "hub") -> dict[str, Split]:
         arrays = _read_hub(HUB_NAME)
     elif not Path(data).exists():
         raise FileNotFoundError(
-            f"data={data!r} does not exist; expected 'hub', an .npz file, cifar-10-python.tar.gz or the folder {FOLDER}"
+            f"data={data!r} does not exist; expected 'hub', an .npz file, cifar-10-python.tar.gz "
+            f"or the folder {FOLDER}"
         )
     elif Path(data).is_dir():
         folder = Path(data) / FOLDER if (Path(data) / FOLDER).is_dir() else Path(data)
@@ -61,7 +63,8 @@ def load_cifar10(data: str = "hub") -> dict[str, Split]:
     for split, (images, labels) in arrays.items():
         if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3) or not len(labels):
             raise ValueError(
-                f"data={data!r}: the {split} images are {images.dtype} of shape {images.shape} with {len(labels)} labels; expected "
+                f"data={data!r}: the {split} images are {images.dtype} of shape {images.shape} "
+                f"with {len(labels)} labels; expected "
                 f"uint8 of shape ({len(labels) or 'count'}, 32, 32, 3)"
             )
     return {
@@ -119,7 +122,7 @@ def _read_batches(open_: Callable[[str], IO[bytes]], data: str) -> dict[str, tup
 
 
 def random_subset(count: int, size: int | None) -> Tensor:
-    """Sorted indices of `size` of `count` samples, the same in every run; all of them for `None` or a size that is not smaller."""
+    """Sorted indices of `size` of `count` samples, the same in every run; all for `None` or a size not smaller."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[: count if size is None else size].sort().values
 
@@ -151,6 +154,6 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """From uint8 (count, height, width, channels) to standardised float32 (count, channels, height, width), in channels-last memory."""
+    """From uint8 NHWC to standardised float32 NCHW, in channels-last memory."""
     mean, std = _statistics(images.device)
     return ((images - mean) / std).permute(0, 3, 1, 2)

@@ -61,7 +61,8 @@ def table(runs: list[Run], results: list[dict], scale: str) -> str:
     lines = [
         f"CIFAR-10, {scale}; seeds {' '.join(str(seed) for seed in arguments.seeds)}.",
         "",
-        "| optimizer | weight decay | test error, % | gradient norm | ‖w‖ | product | effective decay | test error in the paper, %, full scale |",
+        "| optimizer | weight decay | test error, % | gradient norm | ‖w‖ | product | effective decay "
+        "| test error in the paper, %, full scale |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for optimizer in arguments.optimizers:
@@ -76,11 +77,12 @@ def table(runs: list[Run], results: list[dict], scale: str) -> str:
         [
             *lines,
             "",
-            "Values of the last epoch, mean ± standard error over the seeds. The last column is the paper's, for the full scale: width 64, 50,000 "
-            "training images, 200 epochs. Gradient norm: of the mean training loss without weight decay, on a fixed subset without "
-            f"augmentation of at most {arguments.grad_norm_images:,} images, in float32. "
-            "‖w‖: of all parameters with two or more dimensions. Effective decay: factor of lr · w in the last step; an L2 term in the "
-            "gradient has none.",
+            "Values of the last epoch, mean ± standard error over the seeds. The last column is the paper's, for the "
+            "full scale: width 64, 50,000 training images, 200 epochs. Gradient norm: of the mean training loss "
+            "without weight decay, on a fixed subset without augmentation of at most "
+            f"{arguments.grad_norm_images:,} images, in float32. "
+            "‖w‖: of all parameters with two or more dimensions. Effective decay: factor of lr · w in the last step; "
+            "an L2 term in the gradient has none.",
             "",
         ]
     )

@@ -42,8 +42,8 @@ class Optimizer:
                 raise ValueError
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(
-                f"{spec!r}: expected NAME[:WEIGHT_DECAY[:LR]] with a name of {', '.join(OPTIMIZERS)}, a weight decay of at least 0 and "
-                "a positive learning rate, such as adamw:0.05"
+                f"{spec!r}: expected NAME[:WEIGHT_DECAY[:LR]] with a name of {', '.join(OPTIMIZERS)}, "
+                "a weight decay of at least 0 and a positive learning rate, such as adamw:0.05"
             ) from None
         return cls(kind, weight_decay, lr)
 

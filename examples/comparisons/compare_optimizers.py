@@ -1,14 +1,17 @@
-"""Compares AdamS with AdamW over a grid of weight decays and over seeds, on a task of these examples: CSV, table, plots.
+"""Compares AdamS with AdamW over weight decays and seeds, on a task of these examples: CSV, table, plots.
 
-    python examples/comparisons/compare_optimizers.py --task digits --seeds 0 1 2 3 4 --output_dir outputs/compare-digits
-    python examples/comparisons/compare_optimizers.py --task text --seeds 0 1 2 --adamw_weight_decay 0.01 1 5 --adams_weight_decay 0.01 1 5 \\
-        --adams_args reference_steps=18 --output_dir outputs/compare-text -- --num_train_epochs 3
+    python examples/comparisons/compare_optimizers.py --task digits --seeds 0 1 2 3 4 \\
+        --output_dir outputs/compare-digits
+    python examples/comparisons/compare_optimizers.py --task text --seeds 0 1 2 \\
+        --adamw_weight_decay 0.01 1 5 --adams_weight_decay 0.01 1 5 --adams_args reference_steps=18 \\
+        --output_dir outputs/compare-text -- --num_train_epochs 3
 
-Every run is a process of its own in OUTPUT_DIR/RUN. Called again, it goes on where it was interrupted: finished runs are read, not
-repeated. What follows `--` goes to the script of the task, after the task's own settings. Weight decay 0 of AdamW is Adam.
+Every run is a process of its own in OUTPUT_DIR/RUN. Called again, it goes on where it was interrupted: finished runs
+are read, not repeated. What follows `--` goes to the script of the task, after the task's own settings. Weight decay 0
+of AdamW is Adam.
 
-The best weight decay of each optimizer is chosen by the mean over the seeds of the same validation data that it is then reported on:
-equal grids keep that fair, but it is not a test error.
+The best weight decay of each optimizer is chosen by the mean over the seeds of the same validation data that it is
+then reported on: equal grids keep that fair, but it is not a test error.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ TASKS = {
     "text": (
         "run_glue.py",
         "--learning_rate 3e-4 --warmup_steps 0.1 --num_train_epochs 1.5 --per_device_train_batch_size 32 "
-        "--per_device_eval_batch_size 64 --max_seq_length 48 --train_sampling_strategy group_by_length --logging_steps 5".split(),
+        "--per_device_eval_batch_size 64 --max_seq_length 48 --train_sampling_strategy group_by_length "
+        "--logging_steps 5".split(),
     ),
 }
 NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
@@ -84,7 +88,8 @@ def finished(folder: Path, command: list[str]) -> bool:
         return False
     if json.loads(record.read_text()) != command:
         raise ValueError(
-            f"output_dir={str(folder.parent)!r} holds the run {folder.name} with other settings; choose another --output_dir, or delete it"
+            f"output_dir={str(folder.parent)!r} holds the run {folder.name} with other settings; "
+            "choose another --output_dir, or delete it"
         )
     results = folder / "all_results.json"
     return results.exists() and METRIC in json.loads(results.read_text())
@@ -170,8 +175,8 @@ def table(rows: list[dict]) -> str:
         lines.append(f"| {name} | {decay:g}{mark} | {seeds} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"± is the standard error over the seeds. Gradient norm: before clipping, mean of the last {NUM_LAST_LOGS} logs. Mean and final decay: the "
-        "effective one, over the logs of a run and in the last.",
+        "± is the standard error over the seeds. Gradient norm: before clipping, mean of the last "
+        f"{NUM_LAST_LOGS} logs. Mean and final decay: the effective one, over the logs of a run and in the last.",
     ]
     if {"adams", "adamw"} <= best.keys():
         lines += ["", "Paired differences over the seeds, AdamS minus AdamW, each at its best weight decay:", ""]
@@ -263,7 +268,8 @@ def main() -> None:
     plot_runs(folders, arguments.output_dir / "training.png")
     print(text)
     print(
-        f"{arguments.output_dir}: results.csv, results.md, robustness.png, training.png (the first seed at the best decays)"
+        f"{arguments.output_dir}: results.csv, results.md, robustness.png, "
+        "training.png (the first seed at the best decays)"
     )
 
 

@@ -1,25 +1,29 @@
-"""The paper's experiment: ResNet18 or VGG16 on CIFAR-10 with AdamS, AdamW, Adam and SGD: test error, gradient norm, effective decay.
+"""The paper's experiment: ResNet18 or VGG16 on CIFAR-10 with AdamS, AdamW, Adam and SGD.
 
-    python examples/comparisons/reproduce_cifar10.py --model resnet18 --optimizers adams adamw adam sgd --seeds 0 1 2 --jobs 4 \\
-        --mixed_precision bf16 --compile --output_dir outputs/cifar10-resnet18
+    python examples/comparisons/reproduce_cifar10.py --model resnet18 --optimizers adams adamw adam sgd \\
+        --seeds 0 1 2 --jobs 4 --mixed_precision bf16 --compile --output_dir outputs/cifar10-resnet18
 
-That is the full experiment, for one GPU. In pieces of at most 9 minutes: add `--max_minutes 9` and give the same command again and again.
-The images come from the Hub, or from a file with `--data cifar-10-python.tar.gz` (the folder it unpacks to, or an .npz file).
+That is the full experiment, for one GPU: test error, gradient norm, effective decay. In pieces of at most 9 minutes:
+add `--max_minutes 9` and give the same command again and again. The images come from the Hub, or from a file with
+`--data cifar-10-python.tar.gz` (the folder it unpacks to, or an .npz file).
 
 On a CPU, at a scale that finishes:
 
-    python examples/comparisons/reproduce_cifar10.py --model resnet8 --width 8 --train_images 5000 --epochs 30 --test_every 3 \\
-        --grad_norm_every 3 --grad_norm_images 2000 --optimizers adams adamw adamw:0.05 adam sgd --output_dir outputs/cifar10-small
+    python examples/comparisons/reproduce_cifar10.py --model resnet8 --width 8 --train_images 5000 --epochs 30 \\
+        --test_every 3 --grad_norm_every 3 --grad_norm_images 2000 --optimizers adams adamw adamw:0.05 adam sgd \\
+        --output_dir outputs/cifar10-small
 
-Every run has a folder in OUTPUT_DIR: settings.json, metrics.jsonl (a line an epoch) and, until it is finished, checkpoint.pt. The finished
-comparison is results.csv, results.md and plot.png. Called again, it goes on where it was interrupted (on a CPU with the same numbers).
+Every run has a folder in OUTPUT_DIR: settings.json, metrics.jsonl (a line an epoch) and, until it is finished,
+checkpoint.pt. The finished comparison is results.csv, results.md and plot.png. Called again, it goes on where it was
+interrupted (on a CPU with the same numbers).
 
-Setting of the authors' demo: batch 128, 200 epochs, learning rate x 0.1 after 40 % and 80 % of them, weight decay on all parameters, crops
-and mirroring, no clipping. The gradient norm is that of the mean training loss, without weight decay and augmentation, over a fixed
-subset, in float32, with batch norm over batches of 1000. Since with batch norm it scales like 1/||w||, ||w|| (of the parameters with two
-or more dimensions) and the product of both stand beside it.
+Setting of the authors' demo: batch 128, 200 epochs, learning rate x 0.1 after 40 % and 80 % of them, weight decay on
+all parameters, crops and mirroring, no clipping. The gradient norm is that of the mean training loss, without weight
+decay and augmentation, over a fixed subset, in float32, with batch norm over batches of 1000. Since with batch norm it
+scales like 1/||w||, ||w|| (of the parameters with two or more dimensions) and the product of both stand beside it.
 
-Source: Xie et al., *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them*, NeurIPS 2023, arXiv 2011.11152.
+Source: Xie et al., *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them*, NeurIPS 2023, arXiv
+2011.11152.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ def learning_rate(base: float, epoch: int, epochs: int) -> float:
 
 
 def gradient_norm(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = GRADIENT_BATCH) -> float:
-    """2-norm of the gradient of the mean loss, with batch norm over each batch; gradients are gone afterwards, nothing else changes."""
+    """2-norm of the mean loss's gradient, with batch norm over each batch; drops the gradients, no more."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     was_training = model.training
     model.train().zero_grad()
@@ -88,7 +92,7 @@ def effective_decay(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def train(run: Run, deadline: float = math.inf) -> Iterator[dict]:
-    """Goes on with a run to its end, or to the last epoch that fits before `deadline` (of `time.time()`); yields the row of each epoch."""
+    """Goes on with a run, to its end or until `deadline` (of `time.time()`) comes; yields the row of each epoch."""
     arguments = run.arguments
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
@@ -280,8 +284,10 @@ def main() -> None:
     execute(runs, arguments.jobs, deadline)
     unfinished = [run for run in runs if len(run.rows()) < arguments.epochs]
     if unfinished:
-        print(f"stopped after {arguments.max_minutes:g} minutes: {len(unfinished)} of {len(runs)} runs are not finished; the same command "
-              "goes on with them")  # fmt: skip
+        print(
+            f"stopped after {arguments.max_minutes:g} minutes: {len(unfinished)} of {len(runs)} runs are not "
+            "finished; the same command goes on with them"
+        )
         return
     results = [result_of(run) for run in runs]
     write_csv(results, arguments.output_dir / "results.csv")

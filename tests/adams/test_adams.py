@@ -74,7 +74,8 @@ def test_first_step_hand_computed():
 
     optimizer.step()
 
-    # v_hat = g^2 at the first step: mean (9 + 16 + 2) / 3 = 9, so the decay is 0.5 / 3, and Adam's step is -lr * sign(g).
+    # v_hat = g^2 at the first step: mean (9 + 16 + 2) / 3 = 9, so the decay is 0.5 / 3, and Adam's step is -lr *
+    # sign(g).
     assert optimizer.grad_rms == pytest.approx(3.0, rel=1e-15)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.5 / 3, 0.0], rel=1e-15)
     factor = 1 - 0.1 * 0.5 / 3
@@ -117,10 +118,11 @@ def test_kernel_is_fused_unless_chosen_otherwise(path, fused):
     assert ("_fused_adamw_" in operators.names) == fused
 
 
-# Low precision: rounding to 8 or 11 bits makes every trajectory drift from the float64 one, and a bfloat16 second moment
-# stalls (v * 0.999 rounds back to v). So the weights are compared with torch's AdamW, driven by the reference's decay
-# (a difference in the last bit of the decay may round one weight differently: one unit in the last place of the largest),
-# and grad_rms, which must come from the gradients and not from the stalled moments, with the reference itself.
+# Low precision: rounding to 8 or 11 bits makes every trajectory drift from the float64 one, and a bfloat16 second
+# moment stalls (v * 0.999 rounds back to v). So the weights are compared with torch's AdamW, driven by the reference's
+# decay (a difference in the last bit of the decay may round one weight differently: one unit in the last place of the
+# largest), and grad_rms, which must come from the gradients and not from the stalled moments, with the reference
+# itself.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @every_path
 def test_low_precision_equals_adamw_with_the_reference_decay(path, dtype):

@@ -1,4 +1,4 @@
-"""clip_grad_norm_ of AdamS and of ScheduledWeightDecay: torch's clipping, and one reading of the gradients for both uses."""
+"""clip_grad_norm_ of AdamS and ScheduledWeightDecay: torch's clipping, one reading of the gradients for both uses."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class TestNormIsShared:
 
     @staticmethod
     def pair() -> LockStep:
-        # Above the size up to which norms may be taken many at a time, so that every read of the gradient is one operator.
+        # Above the size up to which norms may be taken many at a time, so that every read of the gradient is one
+        # operator.
         return LockStep([{"params": parameters(((300, 100), (7,), ()))}], rtol=1e-6)
 
     def clipped(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:

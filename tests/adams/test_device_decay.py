@@ -1,4 +1,4 @@
-"""The path of accelerators, where the effective decay stays a tensor and is applied before torch's kernel, run here on the CPU."""
+"""The path of accelerators, on the CPU: the effective decay stays a tensor and is applied before torch's kernel."""
 
 import pytest
 import torch

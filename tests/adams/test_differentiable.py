@@ -1,4 +1,4 @@
-"""differentiable=True: the same values, and derivatives that agree with finite differences, the schedule's included."""
+"""differentiable=True: the same values, and derivatives, the schedule's included, that finite differences confirm."""
 
 from __future__ import annotations
 

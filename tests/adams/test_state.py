@@ -115,8 +115,8 @@ def jump_after_resume(pair: LockStep, missing) -> float:
     return jump
 
 
-# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, and what a resume rebuilds
-# from them must be put right by the mean that the checkpoint carries.
+# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, and what a resume
+# rebuilds from them must be put right by the mean that the checkpoint carries.
 class TestBf16MomentsMakeNoJump:
     def test_the_moments_do_stall(self, path=PATHS["forloop"]):
         pair = LockStep([{"params": parameters(dtype=torch.bfloat16)}], path=path, rtol=float("inf"))
@@ -247,7 +247,10 @@ class TestAdamW:
     def test_takes_over_its_moments_and_keeps_its_own_lambda(self, path, kwargs, missing):
         pair = LockStep(two_groups(), path=path, **kwargs)
         twin = torch.optim.AdamW(
-            [{**over, "params": group["params"]} for over, group in zip(pair.overrides, pair.optimizer.param_groups, strict=True)],
+            [
+                {**over, "params": group["params"]}
+                for over, group in zip(pair.overrides, pair.optimizer.param_groups, strict=True)
+            ],
             lr=HYPER["lr"], weight_decay=0.5, amsgrad=kwargs.get("amsgrad", False),
         )  # fmt: skip
         for _ in range(10):

@@ -45,7 +45,7 @@ OWN = ({"reference_steps": 3},)
 def configurations(
     skip: tuple[str, ...] = ("differentiable",), dtype: torch.dtype = torch.float32, own: tuple[dict, ...] = OWN
 ) -> list:
-    """One pytest parameter for each of torch's configurations, those of the algorithm times those of the kernels, and for AdamS's own."""
+    """A pytest parameter for each of torch's configurations (algorithm times kernel), and for AdamS's own."""
     inputs = torch_tables._get_optim_inputs_including_global_cliquey_kwargs("cpu", dtype, ADAMS, skip=skip)
     inputs += [torch_tables.OptimizerInput(None, kwargs, "AdamS only") for kwargs in own]
     return [pytest.param(i.kwargs, id=i.desc.replace(" ", "_")) for i in inputs]
@@ -241,8 +241,8 @@ def small_model(dtype: torch.dtype) -> tuple[torch.nn.Sequential, list[torch.Ten
 
 
 def check_equal_steps(kwargs: dict, others: dict, dtype: torch.dtype, tolerance: float | None = None) -> None:
-    """Seven steps, one without gradients and two with a frozen layer. After each, weights and state are compared and then set
-    to the same values, so that rounding does not add up."""
+    """Seven steps, one without gradients and two with a frozen layer. After each, weights and state are compared and
+    then set to the same values, so that rounding does not add up."""
     inputs = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], dtype=dtype)
     runs = []
     for arguments in (kwargs, others):

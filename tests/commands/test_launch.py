@@ -1,4 +1,4 @@
-"""`hf-swd run`: scripts that know nothing of hf_swd behave as under plain python, and `optim="adams"` is there in all their processes."""
+"""`hf-swd run`: scripts behave as under plain python, and `optim="adams"` is there in all their processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hf_swd.launch import main
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "hf_swd", "run"]
-# What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done once and then forked.
+# What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done once and then
+# forked.
 CONSOLE_SCRIPT = """
 import json, os, sys
 import hf_swd
@@ -41,7 +42,8 @@ if __name__ == '__main__':
     sys.exit(main())
 """
 
-# Exercises what depends on __main__; its annotation tells whether our `from __future__ import annotations` has leaked into it.
+# Exercises what depends on __main__; its annotation tells whether our `from __future__ import annotations` has leaked
+# into it.
 PROBE = """
 import __main__
 import dataclasses, inspect, os, pickle, sys, typing

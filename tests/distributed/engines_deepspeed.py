@@ -141,7 +141,7 @@ def zero(
     adam_options: dict | None = None,
     **options: Any,
 ) -> dict:
-    """A run; `expect` is the class of DeepSpeed's wrapper that it must have made, so that no test passes by another engine's merit."""
+    """A run; `expect` is the class of DeepSpeed's wrapper that it must have made: no test passes by another engine."""
     ds_config: Any = config(stage, micros=micros, **options)
     with tempfile.TemporaryDirectory() as folder:
         if config_file:
@@ -193,7 +193,7 @@ def refused(
     own_clipping: bool = False,
     **options: Any,
 ) -> dict:
-    """A configuration that must stop at `attach` or in the first step: the message, and the weights before and after."""
+    """A configuration that must stop at `attach` or in the first step: the message, the weights before and after."""
     model = build_model()
     if different_betas or amsgrad:
         params = groups(model)

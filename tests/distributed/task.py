@@ -1,4 +1,4 @@
-"""The training run that every engine repeats: a small BERT, 12 steps, most of them clipped, about 1 % of decay per step.
+"""The training run that every engine repeats: a small BERT, 12 steps, most of them clipped, 1 % of decay per step.
 
 The reference trains in one process and in float64, with the two-pass AdamS of `tests/support/reference_adams.py`.
 """

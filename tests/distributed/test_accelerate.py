@@ -1,4 +1,4 @@
-"""The bare accelerate loop: the weights of the reference under every engine, and an error where `hf_swd.attach` is missing."""
+"""The bare accelerate loop: the reference's weights under every engine; an error where `hf_swd.attach` is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3, offload: the weights of the single-process float64 reference, in real processes, and what must stop."""
+"""DeepSpeed ZeRO 0 to 3, offload: the weights of the single-process float64 reference, and what must stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DDP, FSDP1, FSDP2, tensor parallelism, process groups: the weights of the single-process float64 reference, in real processes."""
+"""DDP, FSDP1, FSDP2, tensor parallelism, process groups: the weights of the single-process float64 reference."""
 
 from __future__ import annotations
 

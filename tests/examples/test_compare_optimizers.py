@@ -1,4 +1,4 @@
-"""examples/comparisons/compare_optimizers.py: what it computes from runs, and that it goes on where it was interrupted."""
+"""examples/comparisons/compare_optimizers.py: what it computes from runs; it goes on where it was interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/comparisons/reproduce_cifar10.py: data, models, gradient norm, interruption at any epoch, and the whole script as a user starts it."""
+"""examples/comparisons/reproduce_cifar10.py: data, models, gradient norm, interruption, the whole script."""
 
 from __future__ import annotations
 

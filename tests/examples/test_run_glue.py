@@ -67,7 +67,12 @@ def test_embedded_model_is_the_known_one_and_its_absence_is_explained(monkeypatc
         ("classification", [1, 0, 1, 1], [1, 0, 0, 1], {"accuracy": 0.75, "f1": (0.8 + 2 / 3) / 2}),
         ("cola", [1, 0, 1, 1], [1, 0, 0, 1], {"matthews_correlation": 1 / math.sqrt(3)}),
         ("stsb", [1.0, 2.0, 4.0], [1.0, 3.0, 2.0], {"pearson": 3 / math.sqrt(84) , "spearmanr": 0.5}),
-        ("regression", [1.0, 2.0, 4.0], [1.0, 3.0, 2.0], {"mse": 5 / 3, "pearson": 3 / math.sqrt(84), "spearmanr": 0.5}),
+        (
+            "regression",
+            [1.0, 2.0, 4.0],
+            [1.0, 3.0, 2.0],
+            {"mse": 5 / 3, "pearson": 3 / math.sqrt(84), "spearmanr": 0.5},
+        ),
     ],
 )  # fmt: skip
 def test_metric_module_gives_the_metrics_of_the_task(config_name, predictions, references, expected):

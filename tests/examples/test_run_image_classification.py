@@ -179,7 +179,8 @@ def test_digits_are_learned(digits_run):
     assert all(entry["swd/weight_decay"] > 0 for entry in logs)
     lines = (digits_run / "predict_results.txt").read_text().splitlines()
     answers = [line.split("\t")[1] for line in lines[1:]]
-    right = np.mean([int(answer) == label for answer, label in zip(answers, build_embedded_images()["test"]["label"], strict=True)])  # fmt: skip
+    labels = build_embedded_images()["test"]["label"]
+    right = np.mean([int(answer) == label for answer, label in zip(answers, labels, strict=True)])
     assert right == pytest.approx(results["predict_accuracy"])
 
 
@@ -291,7 +292,8 @@ def test_data_set_with_other_column_names_words_for_classes_and_unknown_test_lab
         part = datasets.Dataset.from_dict({"picture": images, "kind": classes}, features=features)
         part.to_parquet(folder / f"{split}.parquet")
     arguments = settings(
-        tmp_path / "out", embedded=None, dataset_name=str(folder), image_column_name="picture", label_column_name="kind",
+        tmp_path / "out", embedded=None, dataset_name=str(folder), image_column_name="picture",
+        label_column_name="kind",
         train_val_split=0.25, do_predict=True, max_steps=2,
     )  # fmt: skip
     results = run_here(arguments, tmp_path, monkeypatch)

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show: no host synchronisation, graph capture, memory, torch's CUDA kernels. `scripts/gpu_check.sh`."""
+"""What only a CUDA device can show: no host synchronisation, graph capture, memory, torch's CUDA kernels.
+
+Run by `scripts/gpu_check.sh`.
+"""
 
 from __future__ import annotations
 

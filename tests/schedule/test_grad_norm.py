@@ -29,7 +29,7 @@ compiled_only = pytest.mark.parametrize("implementation", [COMPILED], indirect=T
 
 @pytest.fixture(autouse=True, params=[COMPILED, "torch"])
 def implementation(request, monkeypatch) -> Iterator[str]:
-    """The kernel, and what takes its place where it has not been compiled; without gradients of gradients, as in a step."""
+    """The kernel, and what takes its place where it is not compiled; without gradients of gradients, as in a step."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_norm, "_squares", None)
     with torch.no_grad():
@@ -75,8 +75,9 @@ def test_sizes_and_dtypes(shape, dtype, bound):
     assert relative_error(torch.randn(shape, dtype=dtype)) < bound
 
 
-# (contents, bound): rounding errors of random numbers cancel; those of few-bit numbers, which autocast leaves in float32
-# gradients, all have one sign; those of equal numbers are equal, which nothing but a longer accumulator can help.
+# (contents, bound): rounding errors of random numbers cancel; those of few-bit numbers, which autocast leaves in
+# float32 gradients, all have one sign; those of equal numbers are equal, which nothing but a longer accumulator can
+# help.
 CONTENTS = {
     "random": (lambda: torch.randn(LARGE), 1e-6),
     "matrix": (lambda: torch.randn(LARGE // 1000, 1000), 1e-6),

@@ -228,7 +228,7 @@ class TestTrainer:
 
     @pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
     def test_swd_trainer(self, tmp_path, max_grad_norm):
-        """With unclipped gradients both norms are one; with clipped ones grad_rms is what an unclipped Trainer's would be at step 1."""
+        """Both norms are one without clipping; with it, grad_rms is what an unclipped Trainer's would be at step 1."""
         first = {"max_steps": 1}
         trainer = self.train(tmp_path, SWDTrainer, max_grad_norm=max_grad_norm, **first)
         usual = self.train(tmp_path, Trainer, optim_args="", max_grad_norm=0.0, **first)

@@ -23,7 +23,8 @@ PATHS = {
 SHAPES = ((5, 3), (7,), (), (2, 3, 4))
 # Gradients are of order 0.1, so that a step decays the weights by about 1e-3: an error in the schedule shows in them.
 HYPER = {"lr": 1e-2, "weight_decay": 1e-2}
-# The bounds of issue 2. float32 leaves room for 200 rounded updates; low precision is tested against torch's own kernels.
+# The bounds of issue 2. float32 leaves room for 200 rounded updates; low precision is tested against torch's own
+# kernels.
 RTOL = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-5, torch.complex64: 1e-5}
 
 Gradients = list[list[Tensor | None]]
@@ -99,7 +100,7 @@ class LockStep:
     def step(
         self, gradients: Gradients | None = None, *, call: Callable[[], object] | None = None, scale: float = 1.0
     ) -> None:
-        """One step of both, compared. `call` replaces `optimizer.step()`; the optimizer gets the gradients times `scale`."""
+        """One step of both, compared. `call` replaces `optimizer.step()`; the optimizer gets `scale` times them."""
         gradients = self.gradients() if gradients is None else gradients
         self.set_gradients(gradients, scale)
         (call or self.optimizer.step)()

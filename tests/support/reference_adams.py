@@ -6,7 +6,8 @@ every element at every step.
     v_bar  = mean of v_hat over all elements of all parameters that have a gradient
     theta <- (1 - lr * decay) theta - lr * m_hat / (sqrt(v_hat) + eps),    decay = weight_decay / sqrt(v_bar)
 
-Source: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them", NeurIPS 2023, algorithm AdamS.
+Source: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them", NeurIPS 2023, algorithm
+AdamS.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class ReferenceAdamS:
         groups: parameter groups as for a torch optimizer; keys that a group lacks come from `defaults`.
         reference_steps: K; with K > 0 the decay is `weight_decay` before step K and
             `weight_decay * sqrt(v_bar_K / v_bar)` from step K on.
-        unclipped_norm: v_bar is the mean of a second moment of its own, of the gradients before clipping (then never the maximum).
+        unclipped_norm: v_bar is the mean of a second moment of its own, of the gradients before clipping (then never
+        the maximum).
         defaults: lr, betas, eps, weight_decay, amsgrad, maximize.
     """
 
@@ -66,8 +68,8 @@ class ReferenceAdamS:
         gradients: Sequence[Sequence[Tensor | None]],
         unclipped: Sequence[Sequence[Tensor | None]] | None = None,
     ) -> None:
-        """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`: what they were
-        before clipping, if it is not the same."""
+        """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`:
+        what they were before clipping, if it is not the same."""
         present = [
             (group, p, s, as_real64(g), as_real64(u))
             for group, grads, befores in zip(self.groups, gradients, unclipped or gradients, strict=True)

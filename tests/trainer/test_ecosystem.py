@@ -1,4 +1,4 @@
-"""optim="adams" beside what people combine a Trainer with: PEFT, checkpointed activations, bf16, searches, best models."""
+"""optim="adams" beside what else a Trainer does: PEFT, checkpointed activations, bf16, searches, best models."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
 
 
 def test_transformers_without_hf_swd_is_what_it_was(tmp_path):
-    """One process: transformers before `import hf_swd`, a pickle that needs it while it cannot be imported, and then when it can."""
+    """One process: transformers before `import hf_swd`, a pickle that needs it before and after it can be imported."""
     torch.save(arguments(tmp_path / "out"), tmp_path / "training_args.bin")
     code = """
 import json, sys
@@ -171,7 +171,8 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
 
 assert "hf_swd" not in sys.modules
-print("BEFORE", json.dumps([[n.name, n.value, f"{handlers[n].__module__}.{handlers[n].__qualname__}"] for n in OptimizerNames if n in handlers]))
+known = [n for n in OptimizerNames if n in handlers]
+print("BEFORE", json.dumps([[n.name, n.value, f"{handlers[n].__module__}.{handlers[n].__qualname__}"] for n in known]))
 try:
     TrainingArguments("out", optim="adams")
 except ValueError as error:
@@ -189,7 +190,8 @@ except ModuleNotFoundError as error:
     print("NOT INSTALLED", error)
 del sys.meta_path[0]
 args = torch.load(sys.argv[1], weights_only=False)
-assert args.optim is OptimizerNames.ADAMS and "hf_swd" in sys.modules and handlers["adams"].__module__ == "hf_swd.registration"
+assert args.optim is OptimizerNames.ADAMS and "hf_swd" in sys.modules
+assert handlers["adams"].__module__ == "hf_swd.registration"
 
 # hf_swd.trainer imports transformers.trainer, which is patched with what hf_swd.trainer defines.
 assert "transformers.trainer" not in sys.modules
@@ -215,7 +217,7 @@ assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.me
 
 
 def test_import_of_hf_swd_waits_for_transformers():
-    """One process: nothing of transformers is imported early, its modules keep their specs and loaders, four threads import at once."""
+    """One process: nothing of transformers is imported early, modules keep specs and loaders, four threads import."""
     code = """
 import importlib, importlib.util, sys, threading
 import hf_swd
@@ -251,7 +253,8 @@ from transformers.trainer import DEFAULT_CALLBACKS
 assert DEFAULT_CALLBACKS.count(hf_swd.SWDCallback) == 1
 ours = [finder for finder in original if type(finder).__module__ == "hf_swd.registration"]
 assert len(ours) == 1 and not set(ours) & set(sys.meta_path)
-assert [finder for finder in original if finder not in ours] == [finder for finder in sys.meta_path if finder in original]
+kept = [finder for finder in sys.meta_path if finder in original]
+assert [finder for finder in original if finder not in ours] == kept
 
 optimizer_module = sys.modules[names[1]]
 assert importlib.reload(optimizer_module) is optimizer_module and "adams" not in optimizer_module._OPTIMIZER_HANDLERS
@@ -300,8 +303,8 @@ except RuntimeError as error:
     raised, warned = output.splitlines()
     for message in (raised, warned):
         assert (
-            "transformers 5.0.0: cannot patch transformers.trainer_optimizer (transformers.trainer_optimizer has no _OPTIMIZER_HANDLERS)"
-            in message
+            "transformers 5.0.0: cannot patch transformers.trainer_optimizer "
+            "(transformers.trainer_optimizer has no _OPTIMIZER_HANDLERS)" in message
         )
         assert "supports transformers 5.5 and later" in message
     assert raised.startswith("RAISED")

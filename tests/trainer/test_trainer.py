@@ -312,7 +312,7 @@ def test_swd_trainer_with_frozen_parameters(tmp_path):
 
 
 def with_grad_scaler(trainer_class):
-    """fp16 training as accelerate arranges it, which refuses to do so on a CPU: float32 arithmetic, but a real GradScaler."""
+    """fp16 training as accelerate arranges it, but on a CPU: float32 arithmetic, a real GradScaler."""
 
     class WithGradScaler(trainer_class):
         def create_accelerator_and_postprocess(self):
