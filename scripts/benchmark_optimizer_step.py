@@ -7,7 +7,7 @@
 Writes NAME.csv, NAME.md and (with matplotlib) NAME.png into --output_dir. All contenders of a case are timed in turn,
 repetition by repetition, so that what disturbs the machine disturbs all; figures are medians, and ratios are to fused
 AdamW of the same repetition. Before a contender is timed its weights are compared with float64 references
-(tests/reference_adams.py, and torch's AdamW in float64).
+(tests/support/reference_adams.py, and torch's AdamW in float64).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().
 }
 name="$device-$(date +%F)"
 status=0
-timeout 180 "$python" -m pytest -m gpu tests/test_gpu.py -p no:cacheprovider 2>&1 |
+timeout 180 "$python" -m pytest -m gpu tests/gpu -p no:cacheprovider 2>&1 |
     tee "$folder/$name-tests.txt" || status=1
 timeout 180 "$python" scripts/benchmark_optimizer_step.py --device cuda --suites shapes memory tensors sizes \
     --output_dir "$folder" --name "$name" || status=1

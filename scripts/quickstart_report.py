@@ -1,4 +1,4 @@
-"""Prints one table of several runs of examples/run_glue.py, from their all_results.json and trainer_state.json.
+"""Prints one table of several runs of run_glue.py, from their all_results.json and trainer_state.json.
 
 python scripts/quickstart_report.py outputs/quickstart/adams outputs/quickstart/adamw --weight_decay 0.01
 """
@@ -37,7 +37,7 @@ def summary(run: Path, weight_decay: float) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Table of runs of examples/run_glue.py.")
+    parser = argparse.ArgumentParser(description="Table of runs of examples/classification/run_glue.py.")
     parser.add_argument("runs", nargs="+", type=Path, help="output folders")
     parser.add_argument(
         "--weight_decay", type=float, required=True, help="decay of a run that logged no effective one"

@@ -12,7 +12,8 @@ if [ "${1:-}" = "--all" ]; then
     selection=(-m "not gpu")
     shift
 fi
-# DeepSpeed compiles its CPU kernels at first use; a build that is cut off leaves a lock behind, so keep it to this environment.
+# DeepSpeed compiles its CPU kernels at first use; a build that is cut off leaves a lock behind, so keep it to this
+# environment.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ $# -gt 0 ]; then

@@ -1,5 +1,6 @@
-# Sourced by the other scripts: `use_venv DIRECTORY EXTRAS` creates the virtual environment DIRECTORY once, installs this checkout
-# with EXTRAS and the versions of constraints.txt into it, and activates it. Needs bash and python3 >= 3.10 with venv.
+# Sourced by the other scripts: `use_venv DIRECTORY EXTRAS` creates the virtual environment DIRECTORY once, installs
+# this checkout with EXTRAS and the versions of constraints.txt into it, and activates it. Needs bash and
+# python3 >= 3.10 with venv.
 
 use_venv() {
     local directory=$1 extras=$2

@@ -1,6 +1,7 @@
-"""Save at step 6, go on in a fresh model and optimizer: the uninterrupted run, in the processes that harness.py starts.
+"""Save at step 6, go on in a fresh model and optimizer: the uninterrupted run, in the processes of harness.py.
 
-Every function that resumes saves first unless `saved` names a folder of an earlier run; [`Probe.report`] then shows the steps after the resume.
+Every function that resumes saves first unless `saved` names a folder of an earlier run; [`Probe.report`] then shows
+the steps after the resume.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def fsdp1_resume(*, optim: str = "adams", state_type: str = "full", **build: Any
         "full": FullOptimStateDictConfig(offload_to_cpu=False),
         "sharded": ShardedOptimStateDictConfig(),
     }
-    # With torch's default offload_to_cpu=True a CPU run loses moments, of AdamW as well; a full model state crashes there.
+    # With torch's default offload_to_cpu=True a CPU run loses moments, of AdamW as well; a full model state crashes
+    # there.
     model_type = partial(
         FullyShardedDataParallel.state_dict_type, state_dict_type=sharded[0], state_dict_config=sharded[1]
     )
@@ -118,7 +120,7 @@ def fsdp1_resume(*, optim: str = "adams", state_type: str = "full", **build: Any
         model, _ = engines.build_fsdp1(**build)
         optimizer = build_optimizer(model, optim)
         if optim == "adams":
-            hf_swd.attach(optimizer, model)
+            hf_swd.engines.attach(optimizer, model)
         return model, optimizer, lambda: model.clip_grad_norm_(engines.MAX_NORM)
 
     model, optimizer, clip = start()
@@ -195,7 +197,7 @@ def zero_resume(
     engine = ds.initialize(ds_config, optim=optim, attach=attach == "before", **groups)
     engine.load_checkpoint(folder, tag="half_universal" if universal else "half")
     if attach == "after":
-        hf_swd.attach(engine)
+        hf_swd.engines.attach(engine)
     probe = Probe(ds.base_optimizer(engine))
     ds.train(engine, probe, first=HALF)
     return probe.report(ds.weights(engine), decays_before=first["decays"])

@@ -15,7 +15,11 @@ _finished: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
 def results(
     variant: Variant, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What each rank answered. All selected variants of a file with the same number of processes run together, when the first is asked for."""
+    """
+    What each rank answered.
+
+    All selected variants of a file with the same number of processes run together, when the first is asked for.
+    """
     file, key = request.path, (str(request.path), variant.world)
     if key not in _finished:
         params = (

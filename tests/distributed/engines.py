@@ -1,4 +1,7 @@
-"""The run of `task.py` under each engine of torch. Every function is called on all ranks and returns a [`Probe.report`] with the whole final weights."""
+"""The run of `task.py` under each engine of torch.
+
+Every function is called on all ranks and returns a [`Probe.report`] with the whole final weights.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from task import ADAMW_DECAY, LR, MAX_NORM, STEPS, WEIGHT_DECAY, batches, build_
 from torch import Tensor, nn
 
 import hf_swd
-from hf_swd.schedule import schedule_of
+from hf_swd.core.schedule import schedule_of
 
 
 Weights = dict[str, Tensor]
@@ -80,7 +83,7 @@ def whole_weights(named: Iterable[tuple[str, Tensor]]) -> Weights:
 
 
 def clipper(model: nn.Module, optimizer: Any, clip: str = "exact") -> Callable[[], Any]:
-    """How gradients are clipped: "exact" (a norm in float64, and of mixed meshes), "torch", "shared" (by the schedule), "none"."""
+    """How gradients are clipped: "exact" (float64, mixed meshes, too), "torch", "shared" (by the schedule), "none"."""
 
     def exact() -> None:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -163,7 +166,7 @@ def fsdp1(
     one_group = not options.get("use_orig_params", True)
     optimizer = build_optimizer(model, optim, one_group=one_group, **(adam_options or {}))
     if attach:
-        hf_swd.attach(optimizer, model)
+        hf_swd.engines.attach(optimizer, model)
     probe = Probe(optimizer)
     clips = {"exact": _clip_fsdp1(model, ignored), "shared": lambda: optimizer.clip_grad_norm_(MAX_NORM)}
     train(model, optimizer, clips[clip], probe=probe)
@@ -200,7 +203,8 @@ def _mean_over_ranks(grad: Tensor) -> Tensor:
 
 
 def _clip_fsdp1(model: Any, ignored: list[Tensor]) -> Callable[[], None]:
-    # FSDP1's own clip_grad_norm_ leaves out what it ignores on all ranks but counts it on each: so by hand where there is any.
+    # FSDP1's own clip_grad_norm_ leaves out what it ignores on all ranks but counts it on each: so by hand where there
+    # is any.
     def clip() -> None:
         if not ignored:
             model.clip_grad_norm_(MAX_NORM)
@@ -255,7 +259,7 @@ def fsdp2(*, clip: str = "exact", optim: str = "adams", adam_options: dict | Non
 def tensor_parallel(
     *, data: int = 1, clip: str = "exact", optim: str = "adams", adam_options: dict | None = None
 ) -> dict:
-    """The feed-forward blocks on a tp mesh (the rest is replicated), with `data` > 1 the whole model under FSDP2 on the other dimension."""
+    """The feed-forward blocks on a tp mesh, the rest replicated; with `data` > 1 all under FSDP2."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

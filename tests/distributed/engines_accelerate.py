@@ -105,7 +105,7 @@ def check_engine(engine: str, model: nn.Module, optimizer: Any) -> None:
 
 
 def reset() -> None:
-    """accelerate keeps its engine in class attributes and environment variables; the next variant wants another one."""
+    """accelerate keeps its engine in class attributes and environment variables; the next variant wants another."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -137,7 +137,7 @@ def prepared(
     if engine.startswith("zero3"):
         assert len(optimizer.optimizer.fp16_groups) > len(optimizer.param_groups), "more inner steps than groups"
     if attach:
-        hf_swd.attach(optimizer, model)
+        hf_swd.engines.attach(optimizer, model)
     return accelerator, model, optimizer
 
 
@@ -206,7 +206,7 @@ def shared_folder() -> Iterator[str]:
 
 
 def resumed(engine: str, *, at: int = 6, **options: Any) -> Weights:
-    """The run, broken off after `at` steps and gone on with in new objects, from what `accelerator.save_state` wrote."""
+    """The run, broken off after `at` steps; new objects go on with it from what `accelerator.save_state` wrote."""
     with shared_folder() as folder:
         accelerator, model, optimizer = prepared(engine, **options)
         train(accelerator, model, optimizer, last=at)

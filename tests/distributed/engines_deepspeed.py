@@ -92,7 +92,7 @@ def initialize(
     optimizer = ds_optimizer(model, optim, **options)
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if attach and "adamw" not in optim:
-        hf_swd.attach(wrapped)
+        hf_swd.engines.attach(wrapped)
     return engine
 
 
@@ -141,7 +141,7 @@ def zero(
     adam_options: dict | None = None,
     **options: Any,
 ) -> dict:
-    """A run; `expect` is the class of DeepSpeed's wrapper that it must have made, so that no test passes by another engine's merit."""
+    """A run; `expect` is the class of DeepSpeed's wrapper that it must have made: no test passes by another engine."""
     ds_config: Any = config(stage, micros=micros, **options)
     with tempfile.TemporaryDirectory() as folder:
         if config_file:
@@ -193,7 +193,7 @@ def refused(
     own_clipping: bool = False,
     **options: Any,
 ) -> dict:
-    """A configuration that must stop at `attach` or in the first step: the message, and the weights before and after."""
+    """A configuration that must stop at `attach` or in the first step: the message, the weights before and after."""
     model = build_model()
     if different_betas or amsgrad:
         params = groups(model)
@@ -209,7 +209,7 @@ def refused(
 
     def run() -> None:
         if attach:
-            hf_swd.attach(wrapped)
+            hf_swd.engines.attach(wrapped)
         if own_clipping:
             base_optimizer(engine).clip_grad_norm_(MAX_NORM)
         train(engine, last=1)
@@ -231,7 +231,7 @@ def refused_experts() -> dict:
     ds_config = config(2, dtype="bf16")
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     before = {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
-    message = message_of(lambda: hf_swd.attach(wrapped))
+    message = message_of(lambda: hf_swd.engines.attach(wrapped))
     return {
         "message": message,
         "before": before,

@@ -85,7 +85,7 @@ def run(
     resume_at: int = 0,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Weights and logs; with `resume_at` those of a second Trainer that goes on from the first one's checkpoint of that step."""
+    """Weights and logs; with `resume_at` those of a second Trainer that goes on from the first one's checkpoint."""
     options: dict[str, Any] = {
         "trainer": trainer,
         "micros": micros,

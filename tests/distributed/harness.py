@@ -1,6 +1,7 @@
-"""Runs variants (functions of a module beside this one) in real processes joined by gloo, many variants per set of processes.
+"""Runs variants (functions of a module beside this one) in real processes joined by gloo, many per set of processes.
 
-The processes meet through a file, results come back through files, and whoever hangs or dies is killed and shown with its output.
+The processes meet through a file, results come back through files, and whoever hangs or dies is killed and shown with
+its output.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def run_variants(
         env (`dict[str, str]`, *optional*): further environment variables of the processes.
 
     Returns:
-        `dict[str, list[dict]]`: for each id what each rank answered: `{"value": ...}`, or `{"error": "Class: text", "traceback": ...}`.
-        A variant that killed its processes, or took too long, has the error "no result" with their output; those after it run in new ones.
+        `dict[str, list[dict]]`: for each id what each rank answered: `{"value": ...}`, or `{"error": "Class: text",
+        "traceback": ...}`. A variant that killed its processes, or took too long, has the error "no result" with their
+        output; those after it run in new ones.
     """
     results: dict[str, list[dict[str, Any]]] = {}
     remaining, retried, spawns = list(specs), False, 0

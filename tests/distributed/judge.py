@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # of the distance travelled, for fp32 engines
 def check_run(
     results: list[dict[str, Any]], expected: Run, *, tolerance: float = TOLERANCE, decay_tolerance: float = TOLERANCE
 ) -> None:
-    """The reference's weights; one decay per optimizer step, the reference's, and the same bits on every rank (I2, I3, I5)."""
+    """The reference's weights; its decay, one per optimizer step; the same bits on every rank (I2, I3, I5)."""
     values = value_of(results)
     for value in values:
         assert distance(value["weights"], expected.weights) < tolerance
@@ -59,6 +59,6 @@ def check_refusal(results: list[dict[str, Any]], *words: str) -> None:
 
 
 def check_collectives(results: list[dict[str, Any]], expected: list[int]) -> None:
-    """The bytes of the collectives inside every `step()` (I4) but the first, which may ask for what a checkpoint has brought."""
+    """The bytes of the collectives inside every `step()` (I4) but the first, which may ask what was loaded."""
     for value in value_of(results):
         assert value["collectives"][1:] == [expected] * (STEPS - 1)

@@ -1,20 +1,16 @@
-"""The training run that every engine repeats: a small BERT, 12 steps, most of them clipped, about 1 % of decay per step.
+"""The training run that every engine repeats: a small BERT, 12 steps, most of them clipped, 1 % of decay per step.
 
-The reference trains in one process and in float64, with the two-pass AdamS of `tests/reference_adams.py`.
+The reference trains in one process and in float64, with the two-pass AdamS of `tests/support/reference_adams.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 STEPS = 12
 GLOBAL_BATCH = 8

@@ -1,4 +1,7 @@
-"""Save at step 6 and go on in a fresh model and optimizer: the uninterrupted run, under each engine and from one to another number of processes."""
+"""Save at step 6 and go on in a fresh model and optimizer: the uninterrupted run.
+
+Under each engine, and from one to another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -200,8 +203,8 @@ def test_saved_by_two_processes(resumed_by: Callable[[int], dict[str, Results]],
 
 @needs_deepspeed
 def test_universal_checkpoint_of_stage_3_keeps_the_schedule(resumed_by: Callable[[int], dict[str, Results]]) -> None:
-    # The weights are not the uninterrupted run's, of AdamW neither (0.7 of the distance, deepspeed 0.19.8, also from 2 to 2
-    # processes): what the universal checkpoint of stage 3 restores is not what was saved. The schedule is.
+    # The weights are not the uninterrupted run's, of AdamW neither (0.7 of the distance, deepspeed 0.19.8, also from 2
+    # to 2 processes): what the universal checkpoint of stage 3 restores is not what was saved. The schedule is.
     for value in value_of(resumed_by(1)["zero3"]):
         assert value["step_count"] == STEPS
         (decay,) = value["decays"][0]

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_task
 
 
 ROOT = Path(__file__).resolve().parents[2]
 for name in ("accelerate", "datasets", "evaluate", "sklearn"):
     pytest.importorskip(name, reason="needs the extra: examples")
-sys.path.insert(0, str(ROOT / "tests"))
-import test_examples  # noqa: E402
 
 
-tiny_bert, tables = test_examples.tiny_bert, test_examples.tables
+tiny_bert, tables = text_task.tiny_bert, text_task.tables
 
 # What the example must say of itself: accelerate may quietly build another engine than was asked for.
 ENGINES = {
@@ -45,7 +44,7 @@ def test_config_trains_under_its_engine(config, tiny_bert, tables, tmp_path):
     if config.startswith("zero"):
         pytest.importorskip("deepspeed")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"examples/configs/{config}.yaml"]
-    command += ["--main_process_port", "0", "examples/run_glue_no_trainer.py"]
+    command += ["--main_process_port", "0", "examples/classification/run_glue_no_trainer.py"]
     settings = {
         "model_name_or_path": tiny_bert,
         "train_file": tables["train"],

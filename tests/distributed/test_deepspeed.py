@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0 to 3, offload: the weights of the single-process float64 reference, in real processes, and what must stop."""
+"""DeepSpeed ZeRO 0 to 3, offload: the weights of the single-process float64 reference, and what must stop."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _check_both(results: Results) -> None:
     ],
 )
 def test_without_attach_it_stops_before_a_weight_changes(results: Results) -> None:
-    check_refusal(results, "hf_swd.attach(optimizer")
+    check_refusal(results, "hf_swd.engines.attach(optimizer")
 
 
 REFUSED = {

@@ -1,7 +1,8 @@
-"""Two machines: a launcher on each (`accelerate launch --num_machines 2 --machine_rank ...`), joined by address and port.
+"""Two machines: a launcher on each (`accelerate launch --num_machines 2 ...`), joined by address and port.
 
-The machines are two network namespaces of this one, joined by a veth pair: each sees its own loopback and one end of the pair, and
-reaches the other through the pair only. Where namespaces are not permitted, they are two launchers on the loopback interface.
+The machines are two network namespaces of this one, joined by a veth pair: each sees its own loopback and one end of
+the pair, and reaches the other through the pair only. Where namespaces are not permitted, they are two launchers on
+the loopback interface.
 """
 
 from __future__ import annotations

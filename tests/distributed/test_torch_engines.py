@@ -1,4 +1,4 @@
-"""DDP, FSDP1, FSDP2, tensor parallelism, process groups: the weights of the single-process float64 reference, in real processes."""
+"""DDP, FSDP1, FSDP2, tensor parallelism, process groups: the weights of the single-process float64 reference."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_fsdp1_with_flat_parameters(results: Results) -> None:
     ],
 )
 def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) -> None:
-    check_refusal(results, "FSDP", "hf_swd.attach(optimizer, model)")
+    check_refusal(results, "FSDP", "hf_swd.engines.attach(optimizer, model)")
 
 
 @pytest.mark.parametrize(

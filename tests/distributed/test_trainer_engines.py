@@ -1,4 +1,4 @@
-"""The Trainer with `optim="adams"`: weights, logs and resumed runs of the single-process reference under every engine."""
+"""The Trainer with `optim="adams"` under every engine: weights, logs and resumed runs of the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate` metric module for text classification: the metrics of the nine GLUE tasks and of any other task, without the Hub.
+"""`evaluate` metric module for text classification: of the nine GLUE tasks and of any other task, without the Hub.
 
 evaluate.load("examples/metrics/text_classification", "mrpc").compute(predictions=[0, 1], references=[0, 1])
 """
@@ -21,9 +21,9 @@ _CITATION = """\
 }
 """
 _DESCRIPTION = """\
-cola: Matthews correlation; stsb: Pearson and Spearman correlation; mrpc, qqp: accuracy and F1 of class 1; mnli, qnli, rte,
-sst2, wnli: accuracy; classification: accuracy and macro-averaged F1; regression: mean squared error, Pearson and Spearman
-correlation.
+cola: Matthews correlation; stsb: Pearson and Spearman correlation; mrpc, qqp: accuracy and F1 of class 1; mnli, qnli,
+rte, sst2, wnli: accuracy; classification: accuracy and macro-averaged F1; regression: mean squared error, Pearson and
+Spearman correlation.
 """
 _INPUTS_DESCRIPTION = """\
 Args:

@@ -1,7 +1,8 @@
 """Test-only: has accelerate take gloo processes on the CPU for processes with a GPU each.
 
-accelerate drops FSDP and DeepSpeed without a word when it is told to use the CPU, and trains under DDP. With this, it builds the engine
-that was asked for, on the CPU and over gloo. Nothing here is needed, or should be used, outside of tests.
+accelerate drops FSDP and DeepSpeed without a word when it is told to use the CPU, and trains under DDP. With this, it
+builds the engine that was asked for, on the CPU and over gloo. Nothing here is needed, or should be used, outside of
+tests.
 """
 
 from __future__ import annotations

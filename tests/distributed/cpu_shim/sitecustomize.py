@@ -1,4 +1,4 @@
-"""Test-only: with this folder on PYTHONPATH, every process that `accelerate launch` starts runs its engine on the CPU."""
+"""Test-only: with this folder on PYTHONPATH, every process of `accelerate launch` runs its engine on the CPU."""
 
 import os
 

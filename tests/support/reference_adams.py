@@ -1,0 +1,114 @@
+"""AdamS as the paper writes it, in float64 and in two passes: the yardstick of the test suite.
+
+Nothing here is fast, shared with `hf_swd`, or incremental: the mean of the bias-corrected second moments is taken over
+every element at every step.
+
+    v_bar  = mean of v_hat over all elements of all parameters that have a gradient
+    theta <- (1 - lr * decay) theta - lr * m_hat / (sqrt(v_hat) + eps),    decay = weight_decay / sqrt(v_bar)
+
+Source: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them", NeurIPS 2023, algorithm
+AdamS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+
+DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 5e-4, "amsgrad": False, "maximize": False}
+
+
+def as_real64(tensor: Tensor) -> Tensor:
+    """Detached float64 copy; a complex element becomes two reals."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().clone()
+
+
+class ReferenceAdamS:
+    """
+    The paper's algorithm on its own float64 copies of the parameters.
+
+    Args:
+        groups: parameter groups as for a torch optimizer; keys that a group lacks come from `defaults`.
+        reference_steps: K; with K > 0 the decay is `weight_decay` before step K and
+            `weight_decay * sqrt(v_bar_K / v_bar)` from step K on.
+        unclipped_norm: v_bar is the mean of a second moment of its own, of the gradients before clipping (then never
+        the maximum).
+        defaults: lr, betas, eps, weight_decay, amsgrad, maximize.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict], *, reference_steps: int = 0, unclipped_norm: bool = False, **defaults
+    ) -> None:
+        self.defaults = {**DEFAULTS, **defaults}
+        self.reference_steps = reference_steps
+        self.unclipped_norm = unclipped_norm
+        self.steps = 0
+        self.v_bar = 0.0
+        self.reference_rms = 0.0
+        self.groups: list[dict] = []
+        for group in groups:
+            self.add_group(group)
+
+    def add_group(self, group: dict) -> None:
+        params = [as_real64(p) for p in group["params"]]
+        state = [{"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}} for p in params]
+        self.groups.append({**self.defaults, **group, "params": params, "state": state, "decay": None})
+
+    @property
+    def grad_rms(self) -> float:
+        return sqrt(self.v_bar)
+
+    def step(
+        self,
+        gradients: Sequence[Sequence[Tensor | None]],
+        unclipped: Sequence[Sequence[Tensor | None]] | None = None,
+    ) -> None:
+        """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`:
+        what they were before clipping, if it is not the same."""
+        present = [
+            (group, p, s, as_real64(g), as_real64(u))
+            for group, grads, befores in zip(self.groups, gradients, unclipped or gradients, strict=True)
+            for p, s, g, u in zip(group["params"], group["state"], grads, befores, strict=True)
+            if g is not None
+        ]
+        if not present:
+            return
+
+        v_hats, u_hats = [], []
+        for group, _, s, g, u in present:
+            beta1, beta2 = group["betas"]
+            g = -g if group["maximize"] else g
+            s["t"] += 1
+            s["m"] = beta1 * s["m"] + (1 - beta1) * g
+            s["v"] = beta2 * s["v"] + (1 - beta2) * g * g
+            s["v_max"] = torch.maximum(s["v_max"], s["v"])
+            s["u"] = beta2 * s["u"] + (1 - beta2) * u * u
+            v_hats.append((s["v_max"] if group["amsgrad"] else s["v"]) / (1 - beta2 ** s["t"]))
+            u_hats.append(s["u"] / (1 - beta2 ** s["t"]))
+        averaged = u_hats if self.unclipped_norm else v_hats
+        count = sum(v_hat.numel() for v_hat in averaged)
+        self.v_bar = sum(v_hat.sum().item() for v_hat in averaged) / count if count else 0.0
+        self.steps += 1
+        if self.steps >= self.reference_steps > 0 and self.reference_rms == 0:
+            self.reference_rms = self.grad_rms
+
+        for group in self.groups:
+            group["decay"] = self._decay(group)
+        for (group, p, s, *_), v_hat in zip(present, v_hats, strict=True):
+            m_hat = s["m"] / (1 - group["betas"][0] ** s["t"])
+            p.mul_(1 - group["lr"] * group["decay"])
+            p.sub_(group["lr"] * m_hat / (v_hat.sqrt() + group["eps"]))
+
+    def _decay(self, group: dict) -> float:
+        if group["weight_decay"] == 0 or self.v_bar == 0:
+            return 0.0
+        if self.steps < self.reference_steps:
+            decay = group["weight_decay"]
+        else:
+            decay = group["weight_decay"] * (self.reference_rms if self.reference_steps else 1.0) / self.grad_rms
+        return min(decay, 1 / group["lr"]) if group["lr"] > 0 else decay

@@ -1,0 +1,310 @@
+"""`optim="adams"` in TrainingArguments and in the Trainer, and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.trainer
+from hf_utils import arguments, sentences, tiny_bert
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
+
+import hf_swd
+from hf_swd import AdamS, SWDCallback, register
+
+
+def run_python(code: str, *args: object, path: tuple[object, ...] = ()) -> str:
+    """Output of `code` in a new interpreter that finds hf_swd, but has not imported it."""
+    path = (*path, Path(hf_swd.__file__).parents[1], os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+# The name
+
+
+def test_adams_is_a_member_like_the_others():
+    adams = OptimizerNames("adams")
+    assert adams is OptimizerNames.ADAMS is OptimizerNames["ADAMS"]
+    assert isinstance(adams, OptimizerNames) and (adams.name, adams.value, adams) == ("ADAMS", "adams", "adams")
+    assert list(OptimizerNames)[-1] is adams and len(OptimizerNames) == len(set(OptimizerNames))
+    assert copy.deepcopy(adams) is adams and copy.copy(adams) is adams
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(adams, protocol)) is adams
+    with pytest.raises(ValueError, match="adamz is not a valid OptimizerNames.*'adams'"):
+        OptimizerNames("adamz")
+
+
+def test_arguments_serialise_adams(tmp_path):
+    args = arguments(tmp_path)
+    assert args.optim is OptimizerNames.ADAMS
+    assert args.to_dict()["optim"] == json.loads(args.to_json_string())["optim"] == "adams"
+    assert type(args.to_dict()["optim"]) is str
+    assert args.to_sanitized_dict()["optim"] == "adams"
+    assert copy.deepcopy(args).optim is pickle.loads(pickle.dumps(args)).optim is OptimizerNames.ADAMS
+    assert arguments(tmp_path, optim="adamw_torch").set_optimizer("adams").optim is OptimizerNames.ADAMS
+
+
+def test_argument_parser_takes_adams_from_argv_json_and_yaml(tmp_path, capsys):
+    parser = HfArgumentParser(TrainingArguments)
+    settings = {"output_dir": str(tmp_path), "optim": "adams", "weight_decay": 0.01, "optim_args": "reference_steps=5"}
+    (tmp_path / "args.json").write_text(json.dumps(settings))
+    (tmp_path / "args.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    for (args,) in (
+        parser.parse_args_into_dataclasses(argv),
+        parser.parse_json_file(tmp_path / "args.json"),
+        parser.parse_yaml_file(tmp_path / "args.yaml"),
+    ):
+        assert (args.optim, args.weight_decay, args.optim_args) == (OptimizerNames.ADAMS, 0.01, "reference_steps=5")
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", "adamz"])
+    assert "adams" in capsys.readouterr().err
+
+
+def test_registering_again_changes_nothing():
+    def snapshot():
+        return (
+            list(OptimizerNames),
+            dict(_OPTIMIZER_HANDLERS),
+            list(transformers.trainer.DEFAULT_CALLBACKS),
+            list(sys.meta_path),
+        )
+
+    before = snapshot()
+    register()
+    register()
+    assert snapshot() == before
+    assert transformers.trainer.DEFAULT_CALLBACKS.count(SWDCallback) == 1
+
+
+# The optimizer
+
+
+def test_trainer_builds_adams_from_its_arguments(tmp_path):
+    args = arguments(
+        tmp_path,
+        learning_rate=3e-4,
+        adam_beta1=0.8,
+        adam_beta2=0.99,
+        adam_epsilon=1e-7,
+        weight_decay=0.02,
+        optim_args="reference_steps=5, amsgrad=True, foreach=1, fused=none, maximize=no",
+    )
+    trainer = Trainer(tiny_bert(), args, train_dataset=sentences())
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is AdamS
+    decay, no_decay = optimizer.param_groups
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.02, 0.0)
+    for group in (decay, no_decay):
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.99), 1e-7)
+        assert (group["reference_steps"], group["amsgrad"], group["foreach"], group["maximize"]) == (
+            5,
+            True,
+            True,
+            False,
+        )
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    assert {names[p] for p in decay["params"]} == set(trainer.get_decay_parameter_names(trainer.model))
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+
+
+def test_default_decay_of_adams_does_not_leak_into_the_trainer(tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="adams", report_to="none", use_cpu=True)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert (
+        cls([torch.nn.Parameter(torch.ones(1))], **kwargs).param_groups[0]["weight_decay"] == args.weight_decay == 0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "message"),
+    [
+        pytest.param(
+            "warmup=3", r'"warmup=3".*unknown key "warmup".*reference_steps, unclipped_norm, amsgrad', id="unknown-key"
+        ),
+        pytest.param("betas=1", 'unknown key "betas"', id="argument-that-the-trainer-sets"),
+        pytest.param("amsgrad", r'key=value.*found "amsgrad" without "="', id="no-value"),
+        pytest.param("amsgrad=true,", 'found "" without "="', id="trailing-comma"),
+        pytest.param("amsgrad=maybe", 'amsgrad="maybe"; expected true or false', id="not-a-boolean"),
+        pytest.param("amsgrad=none", 'amsgrad="none"; expected true or false', id="none-where-it-is-not-allowed"),
+        pytest.param("fused=2", 'fused="2"; expected true, false or none', id="not-an-optional-boolean"),
+        pytest.param(
+            "reference_steps=1.5", 'reference_steps="1.5"; expected a number of optimizer steps', id="fraction"
+        ),
+        pytest.param("reference_steps=-1", 'reference_steps="-1"; expected', id="negative"),
+        pytest.param("reference_steps=", 'reference_steps=""; expected', id="empty"),
+        pytest.param("reference_steps=1=2", 'reference_steps="1=2"; expected', id="two-equals-signs"),
+    ],
+)
+def test_bad_optim_args_are_refused_when_the_trainer_is_built(tmp_path, optim_args, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_bert(), arguments(tmp_path, optim_args=optim_args), train_dataset=sentences())
+
+
+def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
+    Trainer(tiny_bert(), arguments(tmp_path, optim="adafactor", optim_args="warmup=3"), train_dataset=sentences())
+
+
+# Processes
+
+
+def test_transformers_without_hf_swd_is_what_it_was(tmp_path):
+    """One process: transformers before `import hf_swd`, a pickle that needs it before and after it can be imported."""
+    torch.save(arguments(tmp_path / "out"), tmp_path / "training_args.bin")
+    code = """
+import json, sys
+import torch
+from transformers.training_args import OptimizerNames, TrainingArguments
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
+
+assert "hf_swd" not in sys.modules
+known = [n for n in OptimizerNames if n in handlers]
+print("BEFORE", json.dumps([[n.name, n.value, f"{handlers[n].__module__}.{handlers[n].__qualname__}"] for n in known]))
+try:
+    TrainingArguments("out", optim="adams")
+except ValueError as error:
+    print("REFUSED", error)
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hf_swd":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+try:
+    torch.load(sys.argv[1], weights_only=False)
+except ModuleNotFoundError as error:
+    print("NOT INSTALLED", error)
+del sys.meta_path[0]
+args = torch.load(sys.argv[1], weights_only=False)
+assert args.optim is OptimizerNames.ADAMS and "hf_swd" in sys.modules
+assert handlers["adams"].__module__ == "hf_swd.registration"
+
+# hf_swd.trainer imports transformers.trainer, which is patched with what hf_swd.trainer defines.
+assert "transformers.trainer" not in sys.modules
+import hf_swd.trainer
+from transformers.trainer import DEFAULT_CALLBACKS
+assert DEFAULT_CALLBACKS.count(hf_swd.SWDCallback) == 1
+assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.meta_path)
+"""
+    output = run_python(code, tmp_path / "training_args.bin")
+    lines = dict(
+        line.split(" ", 1) if not line.startswith("NOT") else line.split("INSTALLED ")
+        for line in output.splitlines()
+        if " " in line
+    )
+    ours = [
+        [name.name, name.value, f"{_OPTIMIZER_HANDLERS[name].__module__}.{_OPTIMIZER_HANDLERS[name].__qualname__}"]
+        for name in OptimizerNames
+        if name in _OPTIMIZER_HANDLERS
+    ]
+    assert ours[:-1] == json.loads(lines["BEFORE"]) and ours[-1][1] == "adams"
+    assert "adams is not a valid OptimizerNames, please select one of" in lines["REFUSED"]
+    assert "hf_swd" in lines["NOT "]
+
+
+def test_import_of_hf_swd_waits_for_transformers():
+    """One process: nothing of transformers is imported early, modules keep specs and loaders, four threads import."""
+    code = """
+import importlib, importlib.util, sys, threading
+import hf_swd
+
+assert "transformers" not in sys.modules
+original = sys.meta_path[:]
+names = ["transformers.training_args", "transformers.trainer_optimizer", "transformers.trainer"]
+import transformers
+assert not set(names) & set(sys.modules)
+found = importlib.util.find_spec(names[0])
+assert found.name == names[0] and names[0] not in sys.modules
+
+failures = []
+def load():
+    try:
+        from transformers import TrainingArguments
+        assert TrainingArguments("out", optim="adams", use_cpu=True).optim.name == "ADAMS"
+        import transformers.trainer
+    except BaseException as error:
+        failures.append(error)
+threads = [threading.Thread(target=load) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not failures, failures
+
+reference = sys.modules["transformers.trainer_callback"]
+for name in names:
+    module = sys.modules[name]
+    assert module.__spec__.loader is module.__loader__ and type(module.__loader__) is type(reference.__loader__), name
+    assert vars(module.__loader__).keys() == vars(reference.__loader__).keys(), name
+    assert module.__spec__.origin == module.__file__
+from transformers.trainer import DEFAULT_CALLBACKS
+assert DEFAULT_CALLBACKS.count(hf_swd.SWDCallback) == 1
+ours = [finder for finder in original if type(finder).__module__ == "hf_swd.registration"]
+assert len(ours) == 1 and not set(ours) & set(sys.meta_path)
+kept = [finder for finder in sys.meta_path if finder in original]
+assert [finder for finder in original if finder not in ours] == kept
+
+optimizer_module = sys.modules[names[1]]
+assert importlib.reload(optimizer_module) is optimizer_module and "adams" not in optimizer_module._OPTIMIZER_HANDLERS
+hf_swd.register()
+assert "adams" in optimizer_module._OPTIMIZER_HANDLERS
+"""
+    run_python(code)
+
+
+def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
+    """A stand-in for a transformers without the private names, since only one real version can be installed."""
+    package = tmp_path / "transformers"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '5.0.0'\n")
+    (package / "training_args.py").write_text(
+        "import os\n"
+        "if os.environ.pop('BROKEN', None):\n"
+        "    raise KeyError('broken on purpose')\n"
+        "from enum import Enum\n"
+        "class OptimizerNames(str, Enum):\n"
+        "    SGD = 'sgd'\n"
+    )
+    (package / "trainer_optimizer.py").write_text("")
+    (package / "trainer.py").write_text("import transformers.trainer_optimizer\n")
+    code = """
+import os
+from types import SimpleNamespace
+import hf_swd
+from hf_swd.registration import check_arguments
+
+os.environ["BROKEN"] = "1"
+try:
+    import transformers.training_args
+except KeyError as error:
+    assert error.args == ("broken on purpose",)
+import transformers.trainer
+from transformers.training_args import OptimizerNames
+assert OptimizerNames("adams").name == "ADAMS"
+check_arguments(SimpleNamespace(optim=OptimizerNames.SGD))
+try:
+    check_arguments(SimpleNamespace(optim="adams"))
+except RuntimeError as error:
+    print("RAISED", error)
+"""
+    output = run_python(code, path=(tmp_path,))
+    raised, warned = output.splitlines()
+    for message in (raised, warned):
+        assert (
+            "transformers 5.0.0: cannot patch transformers.trainer_optimizer "
+            "(transformers.trainer_optimizer has no _OPTIMIZER_HANDLERS)" in message
+        )
+        assert "supports transformers 5.5 and later" in message
+    assert raised.startswith("RAISED")
