@@ -204,7 +204,7 @@ def main() -> None:
     model, optimizer, train_dataloader, *eval_dataloaders = accelerator.prepare(
         model, optimizer, train_dataloader, *eval_dataloaders
     )
-    schedule = hf_swd.engines.attach(optimizer, model)
+    schedule = hf_swd.attach(optimizer, model)
 
     steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch

@@ -36,6 +36,11 @@ class Entry:
         tensor = getattr(self.owner, self.name).detach()
         return float(tensor if self.index is None else tensor[self.index])
 
+    def __eq__(self, other: object) -> bool:
+        return float(self) == (float(other) if isinstance(other, Entry) else other)
+
+    __hash__ = None
+
     def __reduce__(self) -> tuple:
         return float, (float(self),)
 

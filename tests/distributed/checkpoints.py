@@ -120,7 +120,7 @@ def fsdp1_resume(*, optim: str = "adams", state_type: str = "full", **build: Any
         model, _ = engines.build_fsdp1(**build)
         optimizer = build_optimizer(model, optim)
         if optim == "adams":
-            hf_swd.engines.attach(optimizer, model)
+            hf_swd.attach(optimizer, model)
         return model, optimizer, lambda: model.clip_grad_norm_(engines.MAX_NORM)
 
     model, optimizer, clip = start()
@@ -197,7 +197,7 @@ def zero_resume(
     engine = ds.initialize(ds_config, optim=optim, attach=attach == "before", **groups)
     engine.load_checkpoint(folder, tag="half_universal" if universal else "half")
     if attach == "after":
-        hf_swd.engines.attach(engine)
+        hf_swd.attach(engine)
     probe = Probe(ds.base_optimizer(engine))
     ds.train(engine, probe, first=HALF)
     return probe.report(ds.weights(engine), decays_before=first["decays"])

@@ -166,7 +166,7 @@ def fsdp1(
     one_group = not options.get("use_orig_params", True)
     optimizer = build_optimizer(model, optim, one_group=one_group, **(adam_options or {}))
     if attach:
-        hf_swd.engines.attach(optimizer, model)
+        hf_swd.attach(optimizer, model)
     probe = Probe(optimizer)
     clips = {"exact": _clip_fsdp1(model, ignored), "shared": lambda: optimizer.clip_grad_norm_(MAX_NORM)}
     train(model, optimizer, clips[clip], probe=probe)

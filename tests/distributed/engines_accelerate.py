@@ -137,7 +137,7 @@ def prepared(
     if engine.startswith("zero3"):
         assert len(optimizer.optimizer.fp16_groups) > len(optimizer.param_groups), "more inner steps than groups"
     if attach:
-        hf_swd.engines.attach(optimizer, model)
+        hf_swd.attach(optimizer, model)
     return accelerator, model, optimizer
 
 

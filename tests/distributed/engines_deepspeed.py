@@ -92,7 +92,7 @@ def initialize(
     optimizer = ds_optimizer(model, optim, **options)
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if attach and "adamw" not in optim:
-        hf_swd.engines.attach(wrapped)
+        hf_swd.attach(wrapped)
     return engine
 
 
@@ -209,7 +209,7 @@ def refused(
 
     def run() -> None:
         if attach:
-            hf_swd.engines.attach(wrapped)
+            hf_swd.attach(wrapped)
         if own_clipping:
             base_optimizer(engine).clip_grad_norm_(MAX_NORM)
         train(engine, last=1)
@@ -231,7 +231,7 @@ def refused_experts() -> dict:
     ds_config = config(2, dtype="bf16")
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     before = {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
-    message = message_of(lambda: hf_swd.engines.attach(wrapped))
+    message = message_of(lambda: hf_swd.attach(wrapped))
     return {
         "message": message,
         "before": before,

@@ -1,4 +1,4 @@
-"""The bare accelerate loop: the reference's weights under every engine; an error where `hf_swd.engines.attach` is missing."""
+"""The bare accelerate loop: the reference's weights under every engine; an error where `hf_swd.attach` is missing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_reference(variant, results):
 )
 def test_without_attach_the_first_step_stops_and_changes_nothing(variant, results):
     for answer in value_of(results):
-        assert "hf_swd.engines.attach(optimizer" in answer["message"]
+        assert "hf_swd.attach(optimizer" in answer["message"]
         assert answer["unchanged"]
 
 

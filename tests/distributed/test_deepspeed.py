@@ -201,7 +201,7 @@ def _check_both(results: Results) -> None:
     ],
 )
 def test_without_attach_it_stops_before_a_weight_changes(results: Results) -> None:
-    check_refusal(results, "hf_swd.engines.attach(optimizer")
+    check_refusal(results, "hf_swd.attach(optimizer")
 
 
 REFUSED = {

@@ -91,7 +91,7 @@ def test_fsdp1_with_flat_parameters(results: Results) -> None:
     ],
 )
 def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) -> None:
-    check_refusal(results, "FSDP", "hf_swd.engines.attach(optimizer, model)")
+    check_refusal(results, "FSDP", "hf_swd.attach(optimizer, model)")
 
 
 @pytest.mark.parametrize(
