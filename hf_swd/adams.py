@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +258,9 @@ class AdamS(torch.optim.AdamW):
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
             )
         self._decay_schedule.blocks.clipping.settle()
-        return super().__getstate__()
+        state = super().__getstate__()
+        # Numbers instead of views, of which pickle would write the whole vector each time.
+        return {**state, "state": defaultdict(dict, self._decay_schedule.blocks.saved_state(self.state))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import group_state
 from .clipping import Clipping
-from .entries import STEP, SUM, Entry, as_numbers
+from .entries import STEP, SUM, as_numbers
 from .grad_norm import accumulation_dtype, squared_norms, without_pending_sums
 from .moments import maximum_sums, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean, mean_of
@@ -40,7 +40,7 @@ class Blocks(Protocol):
 
     running: RunningSums
     clipping: Clipping
-    group_entries: Mapping[str, Entry]
+    group_entries: Mapping[str, Tensor]
     """What is to be shown in the parameter groups, beside the numbers of the whole model."""
 
     def begins_step(self) -> bool:
@@ -83,7 +83,7 @@ class ParameterBlocks:
         shards (`Mapping[Tensor, Shard]`, *optional*): parameters that are divided among ranks without being DTensors.
     """
 
-    group_entries: Mapping[str, Entry] = {}
+    group_entries: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -135,10 +135,11 @@ class ParameterBlocks:
 
     def write_back(self) -> None:
         states = self._states(self._params)
+        shown = self._entries()
         for i, (p, state) in enumerate(zip(self._params, states, strict=True)):
-            if state.get(SUM) is not self._shown[i][0] and (state or p.grad is not None):
+            if state.get(SUM) is not shown[i][0] and (state or p.grad is not None):
                 state = states[i] = self._optimizer.state[p]
-                state[SUM], state[STEP] = self._shown[i]
+                state[SUM], state[STEP] = shown[i]
         self._watch = StateWatch(self._params, states)
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -156,6 +157,13 @@ class ParameterBlocks:
                     saved[key][name] = number
         return saved
 
+    def _entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Sum and steps of each parameter as views of the vectors, which follow them as long as these are changed in place."""
+        if self._shown[0] is not self.running.sums:
+            views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
+            self._shown = self.running.sums, list(zip(*views, strict=True))
+        return self._shown[1]
+
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
@@ -164,9 +172,14 @@ class ParameterBlocks:
         return [state.get(p, _NO_STATE) for p in params]
 
     def _read(self, params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
-        """Take the sums from the entries, and where they are missing, not finite or not of Adam's step, from Adam's moments."""
+        """Take the sums from the entries, and where these are missing, zero, not finite or not of Adam's step, from Adam's moments."""
         outdated = self._watch.outdated(params, states)
-        with_entry = [i for i, state in enumerate(states) if SUM in state and params[i] not in outdated]
+        with_entry = [
+            i
+            for i, (p, state) in enumerate(zip(params, states, strict=True))
+            # A checkpoint's number is of the whole parameter.
+            if SUM in state and p not in outdated and not (p in self._shards and not isinstance(state[SUM], Tensor))
+        ]
         sums, steps = ([0.0] * len(params) for _ in range(2))
         for key, numbers in ((SUM, sums), (STEP, steps)):
             for i, number in zip(with_entry, as_numbers([states[i][key] for i in with_entry]), strict=True):
@@ -176,7 +189,7 @@ class ParameterBlocks:
             moment = second_moment(state)
             if moment is not None:
                 adam_step = float(state["step"])
-                if i not in with_entry or steps[i] != adam_step or not math.isfinite(sums[i]):
+                if steps[i] != adam_step or not 0 < sums[i] < math.inf:
                     rebuilt[i], steps[i] = moment, adam_step
         device = params[0].device if params else torch.device("cpu")
         dtype = accumulation_dtype(device)
@@ -191,9 +204,7 @@ class ParameterBlocks:
             parts[list(rebuilt)] = moment_sums(list(rebuilt.values())).to(local)
             local += self._layout.of_whole_parameters(parts.unsqueeze(1)).squeeze(1)
         self.running = RunningSums(local, theirs, self._layout.counts)
-        self._shown = [
-            (Entry(self.running, "sums", i), Entry(self.running, "steps", i)) for i in range(len(params))
-        ]
+        self._shown: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
         self._watch = StateWatch(params, states)
 
     def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]]) -> None:
@@ -207,7 +218,8 @@ class ParameterBlocks:
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
         with_entry = running.counts.new_tensor([SUM in state for state in states]).unsqueeze(1)
         if mean.step == 0:
-            mean.step = last_step
+            if self.total(running.sums.unsqueeze(1)) > 0:
+                mean.step = last_step
         elif mean.mean > 0 and self.total(with_entry) == 0:
             known, num_elements = mean_of(
                 running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total

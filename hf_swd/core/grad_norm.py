@@ -28,11 +28,13 @@ __all__ = [
 
 HALF = (torch.float16, torch.bfloat16)
 
-# On CPU, a float32 accumulation over a row of 2^11 elements is right to 2.5e-7 even for values of bfloat16 precision (what autocast leaves
-# in float32 gradients), whose rounding errors all have one sign; longer rows are not. Rows are summed in float64.
-_ROW = 1 << 11
-# Low-precision gradients are widened a slice at a time: 512 rows are 4 MiB of float32.
-_SLICE_ROWS = 512
+# On CPU. Rounding errors of a float32 accumulation all have one sign where values are few-bit numbers (what autocast leaves in float32
+# gradients) or equal: over a row of 2^8 elements they add up to 6e-7 at most. Rows are summed in float64.
+_ROW = 1 << 8
+# Up to here one operator for many tensors, accumulating in float64, takes less time than one for the rows of each.
+_SHORT = 1 << 12
+# Low-precision gradients are widened a slice at a time: 2^12 rows are 4 MiB of float32.
+_SLICE_ROWS = 1 << 12
 
 _KIND = attrgetter("device", "dtype")
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -129,13 +131,13 @@ def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
     """Of real tensors of one dtype."""
     result = torch.zeros(len(tensors), dtype=torch.float64)
     half = tensors[0].dtype in HALF
-    owners: list[int] = []  # of each entry of `norms`, whose tensors have `lengths` entries
-    lengths: list[int] = []
-    norms: list[Tensor] = []
-    short: list[tuple[int, Tensor]] = []
+    # What is left to be squared and summed in float64, and the index of the tensor that it is of.
+    parts: list[Tensor] = []
+    owners: list[int] = []
     for i, tensor in enumerate(tensors):
-        if tensor.numel() <= 2 * _ROW:
-            short.append((i, tensor))
+        if tensor.numel() <= _SHORT:
+            parts.append(tensor)
+            owners.append(i)
             continue
         if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
             size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
@@ -143,21 +145,18 @@ def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
             continue
         flat = _in_memory_order(tensor).view(-1)
         rows, tail = divmod(flat.numel(), _ROW)
-        if tail:
-            short.append((i, flat[rows * _ROW :]))
         table = flat.as_strided((rows, _ROW), (_ROW, 1))
-        for part in table.split(_SLICE_ROWS) if half else [table]:
-            owners.append(i)
-            lengths.append(part.shape[0])
-            norms.append(torch.linalg.vector_norm(part.float() if half else part, dim=1))
-    if short:
-        owners.extend(i for i, _ in short)
-        lengths.extend([1] * len(short))
-        norms.append(torch.stack(torch._foreach_norm([t for _, t in short], 2, torch.float32 if half else None)))
-    if norms:
-        squares = torch.cat(norms).double().square()
-        totals = torch.segment_reduce(squares, "sum", lengths=torch.tensor(lengths))
-        result.index_add_(0, torch.tensor(owners), totals)
+        new = [
+            torch.linalg.vector_norm(part.float() if half else part, dim=1)
+            for part in (table.split(_SLICE_ROWS) if half else [table])
+        ]
+        if tail:
+            new.append(flat[rows * _ROW :])
+        parts += new
+        owners += [i] * len(new)
+    if parts:
+        squares = torch.stack(torch._foreach_norm(parts, 2, torch.float64)).square()
+        result.index_add_(0, torch.tensor(owners), squares)
     return result
 
 

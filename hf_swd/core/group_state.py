@@ -2,9 +2,9 @@
 
 | key | what |
 |---|---|
-| `weight_decay` | the effective decay of the last step (before the first: the user's); in a checkpoint the user's |
-| `initial_weight_decay` | the user's lambda; not in a checkpoint |
-| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by the user; not in a checkpoint |
+| `weight_decay` | the effective decay of the last step (before the first, and in a checkpoint: the user's) |
+| `initial_weight_decay` | the user's lambda |
+| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by the user |
 | `reference_steps` | K of the calibration |
 | `unclipped_norm` | whether the schedule follows the gradients before clipping |
 | `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | numbers of the whole model, the same in all groups and on all ranks |
@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-
-from .entries import Entry
 
 
 __all__ = [
@@ -37,7 +35,7 @@ __all__ = [
 
 OPTIONS = ("reference_steps", "unclipped_norm")
 _MARK = "schedule_step"
-_OURS_IN_MEMORY = ("initial_weight_decay", "scheduled_weight_decay")
+_DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
 
 Group = dict[str, Any]
 
@@ -50,15 +48,16 @@ def complete(groups: Sequence[Group], options: Mapping[str, Any], numbers: Mappi
     for group in groups:
         if _MARK not in group:
             group.update(shared)
-        for key, value in {**chosen, **dict.fromkeys(_OURS_IN_MEMORY, group["weight_decay"])}.items():
+        for key, value in {**chosen, **dict.fromkeys(_DECAYS, group["weight_decay"])}.items():
             group.setdefault(key, value)
 
 
 def remove(group: Group, keys: Iterable[str]) -> None:
     """Undo [`complete`]: the group gets the user's decay back."""
-    group["weight_decay"] = user_decay(group)
-    for key in (*_OURS_IN_MEMORY, *OPTIONS, *keys):
+    decay = user_decay(group)
+    for key in (*_DECAYS, *OPTIONS, *keys):
         group.pop(key, None)
+    group["weight_decay"] = decay
 
 
 def read(groups: Iterable[Group], key: str, default: Any = 0) -> Any:
@@ -66,7 +65,7 @@ def read(groups: Iterable[Group], key: str, default: Any = 0) -> Any:
     return next((group[key] for group in groups if key in group), default)
 
 
-def numbers_from_elsewhere(groups: Iterable[Group], entries: Mapping[str, Entry]) -> Mapping[str, Any] | None:
+def numbers_from_elsewhere(groups: Iterable[Group], entries: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     """The first group in which someone else than the schedule, which shows `entries`, has put these numbers; `None` if a group
     still shows them, or none has any."""
     holders = [group for group in groups if _MARK in group]
@@ -92,7 +91,7 @@ def adopt_assignment(group: Group) -> None:
     value = float(group["weight_decay"])
     if not 0 <= value < math.inf:
         raise ValueError(f"weight_decay={value} was assigned to a parameter group: expected a number of at least 0")
-    group.update(weight_decay=value, initial_weight_decay=value, scheduled_weight_decay=value)
+    group.update(dict.fromkeys(_DECAYS, value))
 
 
 def write_decay(group: Group, decay: float | Tensor) -> None:
@@ -102,11 +101,9 @@ def write_decay(group: Group, decay: float | Tensor) -> None:
 
 def as_saved(group: Group, keys: Iterable[str]) -> Group:
     """A group as it stands in a checkpoint: plain numbers, and the user's lambda, so that any AdamW can go on with it."""
-    saved = {key: value for key, value in group.items() if key not in _OURS_IN_MEMORY}
-    saved["weight_decay"] = user_decay(group)
+    saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
     saved.update((key, float(saved[key])) for key in keys if key in saved)
-    if _MARK in saved:
-        saved[_MARK] = int(saved[_MARK])
+    saved.update((key, int(saved[key])) for key in (_MARK,) if key in saved)
     return saved
 
 
@@ -114,19 +111,19 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iter
     """
     Groups of a checkpoint as the schedule loads them.
 
-    Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are. Groups that an
-    engine saved as they were in memory (hf_swd 0.1 did, too) have their effective decay in `weight_decay`.
+    Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are. Where the effective
+    decay was saved (by hf_swd 0.1, or by an engine that saves groups as they are in memory), lambda stands beside it.
     """
     foreign = not any(_MARK in group for group in saved)
-    if foreign and len(own) != len(saved):
+    if len(own) != len(saved):
         return list(saved)  # torch says what is wrong
     groups = []
-    for i, group in enumerate(saved):
-        group = {**group, "weight_decay": user_decay(group)}
-        if foreign:
-            group["weight_decay"] = user_decay(own[i])
-            group.update({key: own[i][key] for key in OPTIONS}, **dict.fromkeys(keys, 0))
-        groups.append({key: value for key, value in group.items() if key not in _OURS_IN_MEMORY})
+    for mine, group in zip(own, saved, strict=True):
+        # torch.distributed.checkpoint completes another optimizer's groups by ours as they are before the first step.
+        is_completed = not group.get(_MARK) and not _is_scheduled(group)
+        decay = user_decay(mine if foreign or is_completed else group)
+        rest = {**{key: mine[key] for key in OPTIONS}, **dict.fromkeys(keys, 0)} if foreign else {}
+        groups.append({**group, **rest, **dict.fromkeys(_DECAYS, decay)})
     return groups
 
 

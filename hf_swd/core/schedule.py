@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import group_state
 from .blocks import Blocks, ParameterBlocks
-from .entries import Entry
 from .recurrence import SecondMomentMean
 from .validation import check_flag, check_number, check_process_group, check_reference_steps
 
@@ -211,6 +210,7 @@ class WeightDecaySchedule:
                 total=self.blocks.total,
                 reference_steps=self.reference_steps,
             )
+            self._show()
         return self._write_decay()
 
     def after_step(self) -> None:
@@ -228,8 +228,7 @@ class WeightDecaySchedule:
             if loaded is not None:
                 self._restart(loaded)
             self.blocks.follow(loaded, self._mean)
-        for group in groups:
-            group.update(self._shown)
+        self._show()
 
     def _write_decay(self) -> list[float | Tensor]:
         factor = self._mean.factor(calibrated=self.reference_steps > 0)
@@ -292,8 +291,19 @@ class WeightDecaySchedule:
     def _restart(self, group: Mapping[str, Any]) -> None:
         """Go on from the numbers that a group holds."""
         self._mean = SecondMomentMean(**{name: float(group.get(key, 0)) for key, name in _NUMBERS.items()})
-        own = {key: Entry(self._mean, name) for key, name in _NUMBERS.items()}
-        self._shown: dict[str, Entry] = {**own, **self.blocks.group_entries}
+        self._shown = self._numbers()
+
+    def _numbers(self) -> dict[str, Tensor]:
+        numbers = {key: getattr(self._mean, name) for key, name in _NUMBERS.items()}
+        # With a graph only in a differentiable optimizer; a state must be copyable.
+        numbers = {key: number.detach() if number.requires_grad else number for key, number in numbers.items()}
+        return {**numbers, **self.blocks.group_entries}
+
+    def _show(self) -> None:
+        """The groups hold the very tensors that the schedule goes on with: whoever replaces them is noticed."""
+        self._shown = self._numbers()
+        for group in self._groups:
+            group.update(self._shown)
 
     def _complete_groups(self) -> None:
         group_state.complete(self._groups, self.optimizer.defaults, self._shown)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import group_state
 from ..core.clipping import Clipping
-from ..core.entries import STEP, SUM, Entry
+from ..core.entries import STEP, SUM
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
@@ -106,7 +106,7 @@ class ZeroBlock:
         zeros = torch.zeros(2, 1, dtype=accumulation_dtype(self._device), device=self._device)
         num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
-        self.group_entries = {SUM: Entry(self.running, "sums", 0), STEP: Entry(self.running, "steps", 0)}
+        self.group_entries = {SUM: self.running.sums[0], STEP: self.running.steps[0]}
         self.clipping = Clipping()
         self._in_new_step = False
         inner_step = zero_optimizer.step

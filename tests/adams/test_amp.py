@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -45,14 +44,8 @@ class Scaled:
 
 def snapshot(optimizer: AdamS) -> tuple:
     tensors = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-    tensors += [
-        torch.as_tensor(float(value)) if key.startswith("second_moment") else value.clone()
-        for state in optimizer.state.values()
-        for key, value in state.items()
-    ]
-    groups = copy.deepcopy(
-        [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    )
+    tensors += [value.clone() for state in optimizer.state.values() for value in state.values()]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, (optimizer.grad_rms, optimizer.schedule.step_count, groups)
 
 

@@ -75,8 +75,6 @@ def test_state_is_adamws(path, amsgrad):
     adamw, _ = stepped(torch.optim.AdamW, torch.float32, amsgrad=amsgrad, **path)
 
     for mine, its in zip(adams.state.values(), adamw.state.values(), strict=True):
-        numbers = {key: type(mine.pop(key)) for key in ("second_moment_sum", "second_moment_step")}
-        assert not any(issubclass(kind, torch.Tensor) for kind in numbers.values())
         assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in its.items()}
 
 

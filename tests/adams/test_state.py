@@ -115,8 +115,8 @@ def jump_after_resume(pair: LockStep, missing) -> float:
     return jump
 
 
-# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, and what a resume
-# rebuilds from them must be put right by the mean that the checkpoint carries.
+# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, so that a resume must not rebuild
+# anything from them.
 class TestBf16MomentsMakeNoJump:
     def test_the_moments_do_stall(self, path=PATHS["forloop"]):
         pair = LockStep([{"params": parameters(dtype=torch.bfloat16)}], path=path, rtol=float("inf"))
@@ -137,19 +137,15 @@ class TestBf16MomentsMakeNoJump:
 
     @every_path
     def test_two_beta2(self, path):
-        """One number cannot tell how much of the error is whose, so a small part of it stays."""
         pair = LockStep(two_groups(torch.bfloat16), path=path, rtol=float("inf"))
         pair.run(100)
-        assert jump_after_resume(pair, never_missing) < 5e-4
+        assert jump_after_resume(pair, never_missing) < 1e-12
 
-    @pytest.mark.xfail(
-        strict=True, reason="the checkpoint's mean is over the parameters with a gradient at its last step"
-    )
     @every_path
     def test_gradients_missing_at_the_last_step(self, path):
         pair = LockStep(two_groups(torch.bfloat16), path=path, rtol=float("inf"))
         pair.run(100, often_missing)
-        assert jump_after_resume(pair, often_missing) < 5e-4
+        assert jump_after_resume(pair, often_missing) < 1e-12
 
 
 def test_resumed_twice_and_before_the_first_step():
@@ -276,8 +272,7 @@ class TestAdamW:
 
         adamw.load_state_dict(pair.optimizer.state_dict())
 
-        effective = [group["weight_decay"] for group in pair.optimizer.param_groups]
-        assert [group["weight_decay"] for group in adamw.param_groups] == effective
+        assert [group["weight_decay"] for group in adamw.param_groups] == [HYPER["weight_decay"], 0.03]
         before = {p: p.detach().clone() for group in adamw.param_groups for p in group["params"]}
         for p in before:
             p.grad = torch.randn_like(p)
@@ -304,7 +299,8 @@ class TestDistributedCheckpoint:
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
         group = optimizer.param_groups[0]
         assert (optimizer.grad_rms, optimizer.schedule.step_count) == (0.0, 0)
-        assert group["weight_decay"] == group["initial_weight_decay"] == HYPER["weight_decay"]
+        assert (group["weight_decay"], group["initial_weight_decay"]) == (0.0, HYPER["weight_decay"])
+        assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == HYPER["weight_decay"]
 
     @pytest.mark.parametrize("reference_steps", [0, 2], ids=lambda k: f"K{k}")
     @every_path
@@ -329,27 +325,16 @@ class TestDistributedCheckpoint:
     @pytest.mark.parametrize("reference_steps", [0, 2], ids=lambda k: f"K{k}")
     @every_path
     def test_training_after_the_dummy_step(self, path, reference_steps, resume):
-        """The schedule has not seen the dummy step. Adam itself is one step ahead, in torch.optim.AdamW too."""
+        """Adam's own step count is one ahead from then on (torch.optim.AdamW's, too), and with it v_hat; the calibration's is not."""
         model, pair = self.setup(path, reference_steps=reference_steps)
-        twin = copy.deepcopy(model)
-        adamw = torch.optim.AdamW(twin.parameters(), lr=HYPER["lr"], **(path or {"fused": True}))
-        for m, optimizer in ((model, pair.optimizer), (twin, adamw)):
-            get_optimizer_state_dict(m, optimizer)
+        get_optimizer_state_dict(model, pair.optimizer)
+        for state in pair.reference.groups[0]["state"]:
+            state["t"] = 1
 
-        for step in range(6):
-            if resume and step == 3:
-                pair = pair.resumed()
-            gradients = pair.gradients()
-            pair.set_gradients(gradients)
-            pair.optimizer.step()
-            pair.reference.step(gradients)
-            assert_close(pair.optimizer.grad_rms, pair.reference.grad_rms, 1e-12)
-            for p, g in zip(twin.parameters(), gradients[0], strict=True):
-                p.grad = g
-            adamw.param_groups[0]["weight_decay"] = pair.reference.groups[0]["decay"]
-            adamw.step()
-        for p, q in zip(pair.params, twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+        pair.run(3)
+        if resume:
+            pair = pair.resumed()
+        pair.run(3)
 
     @every_path
     def test_saved_and_loaded_into_a_fresh_run(self, path):

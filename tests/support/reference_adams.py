@@ -13,7 +13,7 @@ AdamS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor
@@ -93,8 +93,8 @@ class ReferenceAdamS:
         averaged = u_hats if self.unclipped_norm else v_hats
         count = sum(v_hat.numel() for v_hat in averaged)
         self.v_bar = sum(v_hat.sum().item() for v_hat in averaged) / count if count else 0.0
-        self.steps += 1
-        if self.steps >= self.reference_steps > 0 and self.reference_rms == 0:
+        self.steps += self.v_bar > 0  # of the calibration: steps since the first gradient that is not zero
+        if self.steps >= self.reference_steps > 0 and self.reference_rms == 0 and isfinite(self.grad_rms):
             self.reference_rms = self.grad_rms
 
         for group in self.groups:
@@ -107,7 +107,7 @@ class ReferenceAdamS:
     def _decay(self, group: dict) -> float:
         if group["weight_decay"] == 0 or self.v_bar == 0:
             return 0.0
-        if self.steps < self.reference_steps:
+        if self.reference_steps and self.reference_rms == 0:
             decay = group["weight_decay"]
         else:
             decay = group["weight_decay"] * (self.reference_rms if self.reference_steps else 1.0) / self.grad_rms
