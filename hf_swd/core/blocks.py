@@ -218,8 +218,8 @@ class ParameterBlocks:
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
         with_entry = running.counts.new_tensor([SUM in state for state in states]).unsqueeze(1)
         if mean.step == 0:
-            if self.total(running.sums.unsqueeze(1)) > 0:
-                mean.step = last_step
+            has_moments = self.total(running.sums.unsqueeze(1)).squeeze(0) > 0
+            mean.step = torch.where(has_moments, last_step, 0.0)
         elif mean.mean > 0 and self.total(with_entry) == 0:
             known, num_elements = mean_of(
                 running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total

