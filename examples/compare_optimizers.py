@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hf_swd.plot import COLOURS, plot_runs
+from hf_swd.commands.plot import COLOURS, plot_runs
 
 
 HERE = Path(__file__).resolve().parent

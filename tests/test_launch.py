@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_swd.launch import main
+from hf_swd.commands.launch import main
 
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ RUN = [sys.executable, "-m", "hf_swd", "run"]
 CONSOLE_SCRIPT = """
 import json, os, sys
 import hf_swd
-from hf_swd.launch import main
+from hf_swd.commands.launch import main
 if __name__ == '__main__':
     for name, arguments in json.load(sys.stdin).items():
         process = os.fork()
