@@ -162,7 +162,7 @@ def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
 
 
 def test_transformers_without_hf_swd_is_what_it_was(tmp_path):
-    """One process: transformers before `import hf_swd`, and a pickle that needs it while it cannot be imported, and can."""
+    """One process: transformers before `import hf_swd`; a pickle that needs it while it cannot be had, and can."""
     torch.save(arguments(tmp_path / "out"), tmp_path / "training_args.bin")
     code = """
 import json, sys
@@ -219,7 +219,7 @@ assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.me
 
 
 def test_import_of_hf_swd_waits_for_transformers():
-    """One process: nothing of transformers is imported early, its modules keep their specs, four threads import at once."""
+    """One process: nothing of transformers is imported early, its modules keep their specs; four threads import it."""
     code = """
 import importlib, importlib.util, sys, threading
 import hf_swd
@@ -337,7 +337,7 @@ def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
         theirs = "import torch\n" + theirs  # so that hf_swd has a chance to come first
     races = []
     for ours in OURS if prepare else OURS[::2]:
-        # trainer_callback is imported by transformers.trainer and by ours, trainer_optimizer after it by the former only.
+        # Both import trainer_callback; transformers.trainer also imports trainer_optimizer, after it.
         races += [(theirs, ours, None), (theirs, ours, "transformers.trainer_optimizer")]
         races += [(theirs, ours, "transformers.trainer_callback"), (ours, theirs, "hf_swd.trainer")]
         races += [(ours, theirs, "transformers.trainer_callback"), (ours, theirs, "transformers.trainer_optimizer")]
