@@ -56,7 +56,7 @@ setup(
     # transformers 5.5 is the first whose Trainer looks optimizers up in a table that can be added to.
     install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.10"],
     extras_require=extras,
-    entry_points={"console_scripts": ["hf-swd=hf_swd.launch:main"]},
+    entry_points={"console_scripts": ["hf-swd=hf_swd.commands.launch:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

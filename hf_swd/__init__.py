@@ -1,7 +1,8 @@
 """Scheduled Weight Decay (SWD) and its Adam, AdamS, for Hugging Face Transformers.
 
-`import hf_swd` makes `TrainingArguments(optim="adams")` work. It imports torch and nothing heavier: transformers is touched when it is
-imported (by whoever imports it), and `SWDTrainer` and `SWDCallback` import it when they are first used.
+`import hf_swd` makes `TrainingArguments(optim="adams")` work. It imports torch and nothing heavier: transformers is
+touched when it is imported (by whoever imports it), and `SWDTrainer` and `SWDCallback` import it when they are first
+used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""`optim="adams"` for transformers' `TrainingArguments` and `Trainer`; the only module with private names of transformers.
+"""`optim="adams"` for transformers' `TrainingArguments` and `Trainer`; all private names of transformers are here.
 
-Importing transformers' Trainer takes seconds, so `import hf_swd` does not do it: [`register`] patches what is imported already, and
-the rest right after its import.
+Importing transformers' Trainer takes seconds, so `import hf_swd` does not do it: [`register`] patches what is imported
+already, and the rest right after its import.
+
+Threads may import transformers and hf_swd at the same time. A patch runs while its thread holds the lock of the
+module that it patches, so it imports nothing of hf_swd: another thread may be importing just that, and wait for the
+module.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,8 +26,10 @@ from .adams import AdamS
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from .trainer.callback import SWDCallback
 
-__all__ = ["check_arguments", "optimizer_name", "parse_optim_args", "register"]
+
+__all__ = ["check_arguments", "optimizer_name", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,81 +39,20 @@ _OLDEST_TRANSFORMERS = "5.5"
 
 def register() -> None:
     """
-    Make `TrainingArguments(optim="adams")` known to transformers, and [`SWDCallback`] one of the Trainer's default callbacks.
+    Make `TrainingArguments(optim="adams")` known to transformers, and [`SWDCallback`] one of the Trainer's default
+    callbacks.
 
-    `import hf_swd` does it. Calling it again changes nothing, except that it repeats what an `importlib.reload` of transformers' modules
-    has undone.
+    `import hf_swd` does it. Calling it again changes nothing, except that it repeats what has failed before, or what
+    an `importlib.reload` of transformers' modules has undone.
     """
+    _finder.install_if_needed()  # before the look at what is there: nothing can be imported unseen in between
     for name in _PATCHES:
-        if sys.modules.get(name) is not None:
-            module = importlib.import_module(name)  # waits if another thread is in the middle of it
-            if not getattr(module.__spec__, "_initializing", False):
-                _patch(module)
+        if name in sys.modules and not _is_loaded(name):
+            # Waits for the thread that is in the middle of it. Should that one fail, the next import of it is seen.
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    _patch_loaded()
     _finder.install_if_needed()
-
-
-# optim_args
-
-
-def _boolean(text: str) -> bool:
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise ValueError
-    return value
-
-
-def _optional_boolean(text: str) -> bool | None:
-    return None if text.lower() == "none" else _boolean(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError
-    return int(text)
-
-
-# `differentiable` and `process_group` are missing because no Trainer can use them.
-_OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "reference_steps": (_count, "a number of optimizer steps, 0 or more"),
-    "unclipped_norm": (_boolean, "true or false"),
-    "amsgrad": (_boolean, "true or false"),
-    "maximize": (_boolean, "true or false"),
-    "capturable": (_boolean, "true or false"),
-    "foreach": (_optional_boolean, "true, false or none"),
-    "fused": (_optional_boolean, "true, false or none"),
-}
-
-
-def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
-    """
-    Keyword arguments of [`AdamS`] from `TrainingArguments.optim_args`.
-
-    Args:
-        optim_args (`str`, *optional*): such as `"reference_steps=100,fused=true"`; spaces are ignored, as transformers does.
-
-    Returns:
-        `dict[str, Any]`: typed values of the keys that are given.
-
-    Raises:
-        ValueError: a part is not `key=value`, a key is unknown, or a value is not of its type.
-    """
-    result = {}
-    for item in optim_args.replace(" ", "").split(",") if optim_args else []:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(
-                f'optim_args="{optim_args}": expected key=value,key=value,...; found "{item}" without "="'
-            )
-        if key not in _OPTIM_ARGS:
-            raise ValueError(
-                f'optim_args="{optim_args}": unknown key "{key}"; optim="{_NAME}" knows {", ".join(_OPTIM_ARGS)}'
-            )
-        parse, expected = _OPTIM_ARGS[key]
-        try:
-            result[key] = parse(text)
-        except ValueError:
-            raise ValueError(f'optim_args="{optim_args}": {key}="{text}"; expected {expected}') from None
-    return result
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -120,13 +66,48 @@ def check_arguments(args: TrainingArguments) -> None:
         RuntimeError: this version of transformers could not be patched.
         ValueError: see [`parse_optim_args`].
     """
+    from .trainer.optim_args import parse_optim_args
+
     if args.optim == _NAME:
-        if _failure is not None:
-            raise RuntimeError(_failure)
+        _refuse_failures()
         parse_optim_args(args.optim_args)
 
 
+def optimizer_name() -> Any:
+    """The member `OptimizerNames.ADAMS`. Pickled `TrainingArguments` name this function: it cannot be renamed."""
+    from transformers.training_args import OptimizerNames
+
+    _refuse_failures()
+    return OptimizerNames(_NAME)
+
+
+# What is put into transformers
+
+
+def _adams(context: Any) -> tuple[type[AdamS], dict[str, Any]]:
+    """The handler: optimizer class and keyword arguments from an `OptimizerContext`."""
+    from .trainer.optim_args import parse_optim_args
+
+    args = context.args
+    # The Trainer's parameter groups bring their own weight_decay; AdamS's default must not reach groups that do not.
+    kwargs = {"weight_decay": args.weight_decay, **parse_optim_args(args.optim_args)}
+    return AdamS, {**context.optimizer_kwargs, **context.adam_kwargs, **kwargs}
+
+
+class _DefaultCallback:
+    """The Trainer calls it, as it calls all classes in `DEFAULT_CALLBACKS`, and gets a [`SWDCallback`]."""
+
+    def __new__(cls) -> SWDCallback:
+        from .trainer.callback import SWDCallback
+
+        callback = SWDCallback()
+        callback._check_arguments = check_arguments
+        return callback
+
+
 # Patches: each reads the private names that it needs before it changes anything, and changes nothing the second time.
+
+_lock = threading.Lock()  # nothing is imported, nor called that might import, by who holds it
 
 
 def _add_optimizer_name(training_args: ModuleType) -> None:
@@ -134,54 +115,40 @@ def _add_optimizer_name(training_args: ModuleType) -> None:
     by_name, by_value, in_order = (
         _private(names, name) for name in ("_member_map_", "_value2member_map_", "_member_names_")
     )
-    if _NAME in by_value:
-        return
-    member = str.__new__(names, _NAME)
-    member._name_, member._value_ = _NAME.upper(), _NAME
-    member.__objclass__ = names
-    member._sort_order_ = len(in_order)
-    # So that a process which reads a pickled training_args.bin imports hf_swd, or says that it is missing.
-    member.__reduce_ex__ = lambda protocol: (optimizer_name, ())
-    setattr(names, member._name_, member)
-    by_name[member._name_] = by_value[_NAME] = member
-    in_order.append(member._name_)
+    with _lock:
+        if _NAME in by_value:
+            return
+        member = str.__new__(names, _NAME)
+        member._name_, member._value_ = _NAME.upper(), _NAME
+        member.__objclass__ = names
+        member._sort_order_ = len(in_order)
+        # So that a process which reads a pickled training_args.bin imports hf_swd, or says that it is missing.
+        member.__reduce_ex__ = lambda protocol: (optimizer_name, ())
+        setattr(names, member._name_, member)
+        by_name[member._name_] = by_value[_NAME] = member
+        in_order.append(member._name_)
 
 
 def _add_handler(trainer_optimizer: ModuleType) -> None:
-    _private(trainer_optimizer, "_OPTIMIZER_HANDLERS").setdefault(optimizer_name(), _adams)
+    from transformers.training_args import OptimizerNames
+
+    _private(trainer_optimizer, "_OPTIMIZER_HANDLERS").setdefault(OptimizerNames(_NAME), _adams)
 
 
 def _add_callback(trainer: ModuleType) -> None:
     if "transformers.trainer_optimizer" not in sys.modules:
         raise AttributeError("it does not import transformers.trainer_optimizer")
-    if not hasattr(trainer, "DEFAULT_CALLBACKS"):
-        if _failure is None:
-            logger.warning(
-                f'transformers {_version()} has no transformers.trainer.DEFAULT_CALLBACKS: the Trainer trains with optim="{_NAME}", but '
-                "reports the effective weight decay only with Trainer(callbacks=[hf_swd.SWDCallback])."
-            )
+    callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
+    if callbacks is None:
+        _warn(
+            f"transformers {_version()} has no transformers.trainer.DEFAULT_CALLBACKS: the Trainer trains with "
+            f'optim="{_NAME}", but reports the effective weight decay only with '
+            "Trainer(callbacks=[hf_swd.SWDCallback])."
+        )
         return
-    # Without SWDCallback, hf_swd.trainer is in the middle of importing transformers.trainer; it ends with register().
-    callback = getattr(importlib.import_module("hf_swd.trainer"), "SWDCallback", None)
-    if callback is not None and callback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(callback)
-
-
-def optimizer_name() -> Any:
-    """The member `OptimizerNames.ADAMS`. Pickled `TrainingArguments` name this function: it cannot be renamed."""
-    from transformers.training_args import OptimizerNames
-
-    if _failure is not None:
-        raise RuntimeError(_failure)
-    return OptimizerNames(_NAME)
-
-
-def _adams(context: Any) -> tuple[type[AdamS], dict[str, Any]]:
-    """The handler: optimizer class and keyword arguments from an `OptimizerContext`."""
-    args = context.args
-    # The Trainer's parameter groups bring their own weight_decay; AdamS's default must not reach groups that do not.
-    kwargs = {"weight_decay": args.weight_decay, **parse_optim_args(args.optim_args)}
-    return AdamS, {**context.optimizer_kwargs, **context.adam_kwargs, **kwargs}
+    with _lock:
+        if _DefaultCallback not in callbacks:
+            callbacks.append(_DefaultCallback)
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
@@ -189,22 +156,47 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "transformers.trainer_optimizer": _add_handler,
     "transformers.trainer": _add_callback,
 }
-# Why optim="adams" cannot work with this transformers; None where it can.
-_failure: str | None = None
+# By module: why optim="adams" does not work. Tried again before anybody is refused for it.
+_failures: dict[str, str] = {}
+_warned: set[str] = set()
 
 
-def _patch(module: ModuleType) -> None:
-    global _failure
-    try:
-        _PATCHES[module.__name__](module)
-    except Exception as error:  # whatever it is, transformers itself must remain usable
-        if _failure is None:
-            _failure = (
-                f'optim="{_NAME}" does not work with transformers {_version()}: cannot patch {module.__name__} ({error}). hf_swd '
+def _patch_loaded(executed: ModuleType | None = None) -> None:
+    """Patch the modules that are imported, and the one whose code has just run to its end."""
+    for name, patch in _PATCHES.items():
+        module = sys.modules.get(name)
+        if module is None or not (module is executed or _is_loaded(name)):
+            continue
+        try:
+            patch(module)
+        except Exception as error:  # whatever it is, transformers itself must remain usable
+            _failures[name] = (
+                f'optim="{_NAME}" does not work with transformers {_version()}: cannot patch {name} ({error}). hf_swd '
                 f"supports transformers {_OLDEST_TRANSFORMERS} and later; other versions can use "
                 "Trainer(optimizers=(hf_swd.create_adams(model, ...), None), callbacks=[hf_swd.SWDCallback])."
             )
-            logger.warning(_failure)
+            _warn(_failures[name])
+        else:
+            _failures.pop(name, None)
+
+
+def _refuse_failures() -> None:
+    if _failures:
+        register()
+    for message in _failures.values():
+        raise RuntimeError(message)
+
+
+def _warn(message: str) -> None:
+    """The first of several consequences is the cause."""
+    if not _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+def _is_loaded(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def _private(owner: Any, name: str) -> Any:
@@ -220,17 +212,20 @@ def _version() -> str:
 
 class _PatchAfterImport:
     """
-    Meta path finder that has the real finders find the three modules, and patches them when their real loader has executed them.
+    Meta path finder that has the real finders find the three modules, and patches them when their loader has run them.
 
-    Only the loader's instance attribute `exec_module` is set, and removed before the module runs: `__spec__` and `__loader__` are the
-    real ones.
+    Only the loader's instance attribute `exec_module` is set, and removed before the module runs: `__spec__` and
+    `__loader__` are the real ones.
     """
 
-    def install_if_needed(self) -> None:
-        wanted = not all(name in sys.modules for name in _PATCHES)
-        if wanted != (self in sys.meta_path):
-            # A new list: other threads may be iterating over the old one.
-            sys.meta_path = [*([self] if wanted else []), *(finder for finder in sys.meta_path if finder is not self)]
+    def install_if_needed(self, executed: str | None = None) -> None:
+        """Be in `sys.meta_path` exactly as long as one of the modules is still to come."""
+        wanted = not all(name == executed or _is_loaded(name) for name in _PATCHES)
+        with _lock:
+            if wanted != any(finder is self for finder in sys.meta_path):
+                # A new list: other threads may be iterating over the old one.
+                others = [finder for finder in sys.meta_path if finder is not self]
+                sys.meta_path = [self, *others] if wanted else others
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in _PATCHES:
@@ -252,8 +247,8 @@ class _PatchAfterImport:
             loader.__dict__.pop("exec_module", None)
             execute(module)
             if module.__name__ == fullname:
-                _patch(module)
-                self.install_if_needed()
+                _patch_loaded(executed=module)
+                self.install_if_needed(executed=fullname)
 
         with contextlib.suppress(AttributeError):  # a loader without instance attributes: a later register() patches
             loader.exec_module = execute_and_patch

@@ -11,7 +11,7 @@ from cifar10_models import WIDTH
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Run
 from tables import mean_and_error
 
-from hf_swd.plot import COLOURS
+from hf_swd.commands.plot import COLOURS
 
 
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))

@@ -29,7 +29,7 @@ from pathlib import Path
 from tables import mean_and_error, write_csv
 from tqdm import tqdm
 
-from hf_swd.plot import COLOURS, plot_runs
+from hf_swd.commands.plot import COLOURS, plot_runs
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "classification"

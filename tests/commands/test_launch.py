@@ -1,4 +1,4 @@
-"""`hf-swd run`: scripts behave as under plain python, and `optim="adams"` is there in all their processes."""
+"""`hf-swd run`: scripts that know nothing of hf_swd behave as under plain python; all their processes have `adams`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from hf_swd.launch import main
+from hf_swd.commands.launch import main
 
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "hf_swd", "run"]
-# What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done once and then
-# forked.
+# What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done before they fork.
 CONSOLE_SCRIPT = """
 import json, os, sys
 import hf_swd
-from hf_swd.launch import main
+from hf_swd.commands.launch import main
 if __name__ == '__main__':
     for name, arguments in json.load(sys.stdin).items():
         process = os.fork()
@@ -42,8 +41,7 @@ if __name__ == '__main__':
     sys.exit(main())
 """
 
-# Exercises what depends on __main__; its annotation tells whether our `from __future__ import annotations` has leaked
-# into it.
+# Exercises what depends on __main__; its annotation tells whether our `from __future__ import annotations` has leaked.
 PROBE = """
 import __main__
 import dataclasses, inspect, os, pickle, sys, typing

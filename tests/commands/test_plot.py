@@ -1,4 +1,4 @@
-"""hf_swd.plot: what is drawn is what a Trainer logged, and every way of not finding it says what was looked for."""
+"""hf_swd.commands.plot: what is drawn is what a Trainer logged, and every way of not finding it says what was looked for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_utils import arguments, sentences, tiny_bert
 from transformers import Trainer
 
 import hf_swd
-from hf_swd import plot
-from hf_swd.launch import main
-from hf_swd.plot import plot_runs
+from hf_swd.commands import plot
+from hf_swd.commands.launch import main
+from hf_swd.commands.plot import plot_runs
 
 
 pytest.importorskip("matplotlib", reason="needs the extra: plot")

@@ -7,7 +7,7 @@ import task
 from harness import value_of, variant
 from test_accelerate import same_on_all_ranks
 
-from hf_swd.registration import parse_optim_args
+from hf_swd.trainer.optim_args import parse_optim_args
 
 
 pytest.importorskip("transformers")

@@ -87,7 +87,7 @@ def test_registering_again_changes_nothing():
     register()
     register()
     assert snapshot() == before
-    assert transformers.trainer.DEFAULT_CALLBACKS.count(SWDCallback) == 1
+    assert sum(isinstance(callback(), SWDCallback) for callback in transformers.trainer.DEFAULT_CALLBACKS) == 1
 
 
 # The optimizer
@@ -162,7 +162,7 @@ def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
 
 
 def test_transformers_without_hf_swd_is_what_it_was(tmp_path):
-    """One process: transformers before `import hf_swd`, a pickle that needs it before and after it can be imported."""
+    """One process: transformers before `import hf_swd`; a pickle that needs it while it cannot be had, and can."""
     torch.save(arguments(tmp_path / "out"), tmp_path / "training_args.bin")
     code = """
 import json, sys
@@ -171,8 +171,9 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
 
 assert "hf_swd" not in sys.modules
-known = [n for n in OptimizerNames if n in handlers]
-print("BEFORE", json.dumps([[n.name, n.value, f"{handlers[n].__module__}.{handlers[n].__qualname__}"] for n in known]))
+names = [name for name in OptimizerNames if name in handlers]
+functions = [handlers[name] for name in names]
+print("BEFORE", json.dumps([[n.name, n.value, f"{f.__module__}.{f.__qualname__}"] for n, f in zip(names, functions)]))
 try:
     TrainingArguments("out", optim="adams")
 except ValueError as error:
@@ -193,11 +194,12 @@ args = torch.load(sys.argv[1], weights_only=False)
 assert args.optim is OptimizerNames.ADAMS and "hf_swd" in sys.modules
 assert handlers["adams"].__module__ == "hf_swd.registration"
 
-# hf_swd.trainer imports transformers.trainer, which is patched with what hf_swd.trainer defines.
+# The callback needs no Trainer; SWDTrainer imports transformers.trainer, which is patched on the way.
+import hf_swd.trainer.callback
 assert "transformers.trainer" not in sys.modules
-import hf_swd.trainer
+from hf_swd.trainer import SWDCallback, SWDTrainer
 from transformers.trainer import DEFAULT_CALLBACKS
-assert DEFAULT_CALLBACKS.count(hf_swd.SWDCallback) == 1
+assert sum(isinstance(callback(), SWDCallback) for callback in DEFAULT_CALLBACKS) == 1
 assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.meta_path)
 """
     output = run_python(code, tmp_path / "training_args.bin")
@@ -217,7 +219,7 @@ assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.me
 
 
 def test_import_of_hf_swd_waits_for_transformers():
-    """One process: nothing of transformers is imported early, modules keep specs and loaders, four threads import."""
+    """One process: nothing of transformers is imported early, its modules keep their specs; four threads import it."""
     code = """
 import importlib, importlib.util, sys, threading
 import hf_swd
@@ -250,11 +252,11 @@ for name in names:
     assert vars(module.__loader__).keys() == vars(reference.__loader__).keys(), name
     assert module.__spec__.origin == module.__file__
 from transformers.trainer import DEFAULT_CALLBACKS
-assert DEFAULT_CALLBACKS.count(hf_swd.SWDCallback) == 1
+assert sum(isinstance(callback(), hf_swd.SWDCallback) for callback in DEFAULT_CALLBACKS) == 1
 ours = [finder for finder in original if type(finder).__module__ == "hf_swd.registration"]
 assert len(ours) == 1 and not set(ours) & set(sys.meta_path)
-kept = [finder for finder in sys.meta_path if finder in original]
-assert [finder for finder in original if finder not in ours] == kept
+others = [finder for finder in original if finder not in ours]
+assert others == [finder for finder in sys.meta_path if finder in original]
 
 optimizer_module = sys.modules[names[1]]
 assert importlib.reload(optimizer_module) is optimizer_module and "adams" not in optimizer_module._OPTIMIZER_HANDLERS
@@ -262,6 +264,87 @@ hf_swd.register()
 assert "adams" in optimizer_module._OPTIMIZER_HANDLERS
 """
     run_python(code)
+
+
+RACE = """
+import json, os, sys, threading, time, traceback
+import datasets, torch, transformers.modeling_utils, transformers.integrations, transformers.data.data_collator
+
+class Pause:
+    "Holds up the first thread that imports a module, with the locks that it has, until the other had time to wait."
+    def __init__(self, name):
+        self.name, self.reached = name, threading.Event()
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name and not self.reached.is_set():
+            self.reached.set()
+            time.sleep(0.3)
+
+def race(first, second, pause):
+    pause = Pause(pause)
+    sys.meta_path.insert(0, pause)
+    barrier, errors = threading.Barrier(2), []
+    def run(statement, wait):
+        barrier.wait()
+        if wait:
+            pause.reached.wait(1)
+        try:
+            exec(statement, {})
+        except BaseException:
+            errors.append(f"{statement}: {traceback.format_exc()}")
+    threads = [threading.Thread(target=run, args=(first, False)),
+               threading.Thread(target=run, args=(second, bool(pause.name)))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not errors, errors
+    import hf_swd
+    from transformers import Trainer, TrainingArguments
+    args = TrainingArguments("out", optim="adams", use_cpu=True, report_to="none")
+    trainer = Trainer(torch.nn.Linear(2, 2), args)
+    assert type(trainer.create_optimizer()) is hf_swd.AdamS
+    assert sum(isinstance(callback, hf_swd.SWDCallback) for callback in trainer.callback_handler.callbacks) == 1
+    assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.meta_path)
+
+prepare, races, repetitions = json.loads(sys.argv[1])
+exec(prepare)
+assert "transformers.training_args" not in sys.modules
+for number in range(len(races) * repetitions):
+    sys.stdout.flush()
+    process = os.fork()
+    if not process:
+        try:
+            race(*races[number // repetitions])
+        except BaseException:
+            print(races[number // repetitions], traceback.format_exc(), flush=True)
+            os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        time.sleep(0.01)
+        if time.monotonic() > deadline:
+            os.kill(process, 9)
+            os.waitpid(process, 0)
+            print(races[number // repetitions], "hangs", flush=True)
+            break
+"""
+OURS = ["from hf_swd.trainer import SWDTrainer", "from hf_swd import SWDCallback", "import hf_swd; hf_swd.register()"]
+
+
+@pytest.mark.parametrize("prepare", ["import hf_swd", ""], ids=["registered", "not-imported"])
+def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
+    """In many orders: one of them is held up in the middle, or both begin at once. No warning, and adams is there."""
+    theirs = "import transformers.trainer"
+    if not prepare:
+        theirs = "import torch\n" + theirs  # so that hf_swd has a chance to come first
+    races = []
+    for ours in OURS if prepare else OURS[::2]:
+        # Both import trainer_callback; transformers.trainer also imports trainer_optimizer, after it.
+        races += [(theirs, ours, None), (theirs, ours, "transformers.trainer_optimizer")]
+        races += [(theirs, ours, "transformers.trainer_callback"), (ours, theirs, "hf_swd.trainer")]
+        races += [(ours, theirs, "transformers.trainer_callback"), (ours, theirs, "transformers.trainer_optimizer")]
+    output = run_python(RACE, json.dumps([prepare, races, 1]))
+    assert [
+        line for line in output.splitlines() if "real_accelerator" not in line
+    ] == []  # DeepSpeed's, if it is there
 
 
 def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
@@ -298,6 +381,12 @@ try:
     check_arguments(SimpleNamespace(optim="adams"))
 except RuntimeError as error:
     print("RAISED", error)
+
+# What has failed is tried again before anybody is refused.
+import transformers.trainer_optimizer
+transformers.trainer_optimizer._OPTIMIZER_HANDLERS = {}
+check_arguments(SimpleNamespace(optim="adams", optim_args="reference_steps=1"))
+assert list(transformers.trainer_optimizer._OPTIMIZER_HANDLERS) == ["adams"]
 """
     output = run_python(code, path=(tmp_path,))
     raised, warned = output.splitlines()

@@ -309,7 +309,7 @@ def test_swd_trainer_with_frozen_parameters(tmp_path):
 
 
 def with_grad_scaler(trainer_class):
-    """fp16 training as accelerate arranges it (on a CPU it refuses): float32 arithmetic, but a real GradScaler."""
+    """fp16 training as accelerate arranges it, but not on a CPU: float32 arithmetic, and a real GradScaler."""
 
     class WithGradScaler(trainer_class):
         def create_accelerator_and_postprocess(self):
@@ -508,10 +508,6 @@ def test_too_few_clipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, 
 
 
 def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog):
-    class OtherProcess(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            state.is_world_process_zero = False
-
     trainer = train(tmp_path, SWDTrainer, max_steps=20, logging_steps=10, max_grad_norm=0.05)
     assert len(messages(caplog)) == 1
     trainer.args.max_steps = 40
@@ -524,3 +520,78 @@ def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog)
     trainer.callback_handler.callbacks.insert(0, OtherProcess())
     trainer.train()
     assert len(messages(caplog)) == 2
+
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+
+class OtherProcess(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.is_world_process_zero = False
+
+
+def resume(trainer_class, output_dir, *, callbacks=(), first=(), **changes):
+    """A training with other settings from the checkpoint that there is."""
+    args = arguments(output_dir, **SAVING, **changes)
+    trainer = trainer_class(tiny_bert(), args, train_dataset=sentences(), callbacks=list(callbacks))
+    trainer.callback_handler.callbacks[:0] = first
+    trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    return trainer
+
+
+@both_trainers
+def test_adamw_that_goes_on_from_a_checkpoint_of_adams_says_so_once(tmp_path, caplog, trainer_class):
+    train(tmp_path, **SAVING)
+    assert messages(caplog) == []
+    settings = {"optim": "adamw_torch", "optim_args": None, "weight_decay": 0.25}
+    resumed = resume(trainer_class, tmp_path, callbacks=[SWDCallback()], **settings)
+    (message,) = messages(caplog)
+    decay = max(group["weight_decay"] for group in resumed.optimizer.param_groups)
+    assert decay > 0
+    assert "checkpoint was written with scheduled weight decay (3 steps of it), but AdamW has no schedule" in message
+    assert f"goes on with the constant weight_decay={decay:g}." in message and 'optim="adams"' in message
+    assert all(DECAY not in entry for entry in training_logs(resumed)[3:])
+    resume(trainer_class, tmp_path, first=[OtherProcess()], **settings)
+    assert len(messages(caplog)) == 1
+
+
+@both_trainers
+def test_checkpoint_with_the_same_options_warns_of_nothing(tmp_path, caplog, trainer_class):
+    settings = {"optim_args": "reference_steps=2,amsgrad=true"}
+    train(tmp_path, trainer_class, **SAVING, **settings)
+    resume(trainer_class, tmp_path, **settings)
+    resume(trainer_class, tmp_path, **settings, weight_decay=0.02, learning_rate=1e-4)
+    assert messages(caplog) == []
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("false", "true"), ("true", "false")])
+def test_checkpoint_with_another_amsgrad_says_that_it_wins(tmp_path, caplog, saved, asked):
+    train(tmp_path, **SAVING, optim_args=f"reference_steps=3,amsgrad={saved}")
+    assert messages(caplog) == []
+    resumed = resume(Trainer, tmp_path, callbacks=[SWDCallback()], optim_args=f"reference_steps=3,amsgrad={asked}")
+    assert all(group["amsgrad"] == (saved == "true") for group in resumed.optimizer.param_groups)
+    (message,) = messages(caplog)
+    assert f"the checkpoint has amsgrad={saved.title()}, and AdamS was built with amsgrad={asked.title()}" in message
+    assert "without resume_from_checkpoint" in message
+    # Without the maxima in Adam's state, it cannot be turned on in place.
+    assert ('assign group["amsgrad"] in every group' in message) == (asked == "false")
+
+
+@pytest.mark.skipif(
+    "reference_steps" not in AdamS([torch.nn.Parameter(torch.ones(1))]).defaults,
+    reason="optimizer.defaults does not hold the options of the schedule yet",
+)
+def test_checkpoint_with_other_options_names_all_of_them_in_one_warning(tmp_path, caplog):
+    train(tmp_path, SWDTrainer, **SAVING, optim_args="reference_steps=2,unclipped_norm=true,amsgrad=true")
+    resumed = resume(SWDTrainer, tmp_path, optim_args="reference_steps=50", callbacks=[SWDCallback()])
+    for group in resumed.optimizer.param_groups:
+        assert (group["reference_steps"], group["unclipped_norm"], group["amsgrad"]) == (2, True, True)
+    (message,) = messages(caplog)
+    assert (
+        "the checkpoint has reference_steps=2, unclipped_norm=True, amsgrad=True, and AdamS was built with" in message
+    )
+    assert "built with reference_steps=50, unclipped_norm=False, amsgrad=False: the checkpoint's are used" in message
+    assert 'assign group["reference_steps"], group["unclipped_norm"], group["amsgrad"] in every group' in message
+    resume(SWDTrainer, tmp_path, optim_args="reference_steps=50", first=[OtherProcess()])
+    assert len(messages(caplog)) == 1

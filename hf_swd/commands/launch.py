@@ -1,4 +1,4 @@
-"""The command line, `hf-swd` or `python -m hf_swd`: `run` a script with `optim="adams"` registered, `plot` what it logged.
+"""The command line, `hf-swd` or `python -m hf_swd`: `run` a script with `optim="adams"`, `plot` what it logged.
 
 `run` executes the script in this process, as the `__main__` module, so that a distributed launcher can start it:
 
@@ -6,9 +6,10 @@
     accelerate launch -m hf_swd run run_glue.py --optim adams ...
     torchrun --nproc_per_node 2 -m hf_swd run run_glue.py --optim adams ...
 
-Processes that the script starts with `multiprocessing` are registered too, whatever the start method; a Python that it starts by
-other means (`subprocess`, `os.exec`) is not: there, `import hf_swd` or `hf-swd run` again. The script can tell the difference from a
-plain `python` only by looking: our frames lie below its own on the stack, and `sys.orig_argv` shows the real command line.
+Processes that the script starts with `multiprocessing` are registered too, whatever the start method; a Python that
+it starts by other means (`subprocess`, `os.exec`) is not: there, `import hf_swd` or `hf-swd run` again. The script can
+tell the difference from a plain `python` only by looking: our frames lie below its own on the stack, and
+`sys.orig_argv` shows the real command line.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): the arguments after the program's name.
 
     Returns:
-        `int`: exit code: 0 for success, 1 if there was nothing to plot, 2 if the command line names something that is not there.
-        Whatever the script of `run` raises, `SystemExit` included, is raised.
+        `int`: exit code: 0 for success, 1 if there was nothing to plot, 2 if the command line names something that
+        is not there. Whatever the script of `run` raises, `SystemExit` included, is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, run_parser = _parsers()
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    from . import __version__
+    from .. import __version__
 
     parser = argparse.ArgumentParser(
         prog="hf-swd", description="Scheduled Weight Decay for Hugging Face Transformers."
@@ -75,14 +76,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "run",
         usage="hf-swd run SCRIPT [ARGS...]\n       hf-swd run -m MODULE [ARGS...]",
         help='run an unmodified script with optim="adams" registered',
-        description="Runs SCRIPT (a file, or a folder or zip file with a __main__.py) or MODULE as `python` would, with "
-        '`TrainingArguments(optim="adams")` and `--optim adams` available. All ARGS are the script\'s.',
+        description="Runs SCRIPT (a file, or a folder or zip file with a __main__.py) or MODULE as `python` would, "
+        'with `TrainingArguments(optim="adams")` and `--optim adams` available. All ARGS are the script\'s.',
     )
     plot = commands.add_parser(
         "plot",
         help="draw loss, gradient norm and effective weight decay of one or several runs",
-        description="Draws loss, gradient norm and effective weight decay over optimizer steps, several runs overlaid, from the "
-        "trainer_state.json of each OUTPUT_DIR or of its last checkpoint. Needs matplotlib.",
+        description="Draws loss, gradient norm and effective weight decay over optimizer steps, several runs "
+        "overlaid, from the trainer_state.json of each OUTPUT_DIR or of its last checkpoint. Needs matplotlib.",
     )
     plot.add_argument(
         "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a trainer_state.json"
@@ -91,7 +92,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "-o",
         "--output",
         metavar="FILE",
-        help="image to write, its format taken from the suffix: .png, .pdf, .svg (default: swd_plot.png in the first OUTPUT_DIR)",
+        help="image to write, its format taken from the suffix: .png, .pdf, .svg "
+        "(default: swd_plot.png in the first OUTPUT_DIR)",
     )
     return parser, run
 
@@ -108,7 +110,8 @@ def _run(target: str, arguments: list[str], is_module: bool) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        # Raised on, so that the interpreter ends the process as it always does: the script's own excepthook, exit code, SIGINT.
+        # Raised on, so that the interpreter ends the process as it always does: the script's own excepthook, exit
+        # code, SIGINT.
         _hide_own_frames(error)
         raise
     return 0
@@ -144,7 +147,7 @@ def _load_script(path: str) -> CodeType:
 
 
 def _load_module(name: str) -> CodeType:
-    """Makes `sys.path[0]`, `sys.argv[0]` and a new `__main__` those of `python -m name`, and returns the code to execute."""
+    """Makes `sys.path[0]`, `sys.argv[0]` and a new `__main__` those of `python -m name`, and returns the code."""
     if name.startswith("."):
         raise _NotFoundError(f"relative module names are not supported: {name!r}")
     _set_first_path(os.getcwd())
@@ -172,7 +175,7 @@ def _load_spec(spec: ModuleSpec) -> CodeType:
 
 
 def _set_main(content: ModuleType) -> None:
-    """Refills the module `__main__` in place: those who hold it since an import (multiprocessing, dill) must see the script in it."""
+    """Refills `__main__` in place: those who hold it since an import (multiprocessing, dill) must see the script."""
     namespace = sys.modules["__main__"].__dict__
     namespace.clear()
     namespace.update(content.__dict__, __name__="__main__", __builtins__=builtins)
@@ -209,10 +212,10 @@ class _Registration:
 def _register_here_and_in_children() -> None:
     """Registers `adams` in this process and in those that it spawns; forked ones have inherited it.
 
-    A spawned child (or one of a fork server) is given a dictionary before it imports the script: it takes from it what it knows
-    and ignores other keys. Ours registers by being unpickled.
+    A spawned child (or one of a fork server) is given a dictionary before it imports the script: it takes from it what
+    it knows and ignores other keys. Ours registers by being unpickled.
     """
-    from .registration import register
+    from ..registration import register
 
     register()
     get_preparation_data = spawn.get_preparation_data

@@ -28,7 +28,8 @@ _PANELS = {
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
     "swd/weight_decay": ("effective weight decay", "decay per step and unit learning rate"),
 }
-# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines. Four styles against seven colours: 28 combinations.
+# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines. Four styles against seven colours:
+# 28 combinations.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D")
@@ -58,15 +59,17 @@ class _Run:
 
 def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Path:
     """
-    Draws loss (training and evaluation), gradient norm and effective weight decay of one or several runs, and saves the picture.
+    Draws loss (training and evaluation), gradient norm and effective weight decay of runs, and saves the picture.
 
-    A run without scheduled weight decay has its constant decay drawn if its `training_args.bin` is there and names an optimizer with
-    decoupled decay; the legend says so. Axes are logarithmic where values span more than a decade. No display is needed.
+    A run without scheduled weight decay has its constant decay drawn if its `training_args.bin` is there and names an
+    optimizer with decoupled decay; the legend says so. Axes are logarithmic where values span more than a decade. No
+    display is needed.
 
     Args:
-        output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of its last
-            `checkpoint-N`; or a checkpoint; or a `trainer_state.json`. Naming a run twice draws it once.
-        output (path, *optional*, defaults to `swd_plot.png` in the first of `output_dirs`): image file; its suffix is its format.
+        output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of
+            its last `checkpoint-N`; or a checkpoint; or a `trainer_state.json`. Naming a run twice draws it once.
+        output (path, *optional*, defaults to `swd_plot.png` in the first of `output_dirs`): image file; its suffix is
+            its format.
 
     Returns:
         `Path`: the file written.
@@ -74,7 +77,8 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     Raises:
         FileNotFoundError: no `trainer_state.json` where it was looked for.
         ImportError: matplotlib is not installed.
-        ValueError: no run, a file that is no trainer state, a log without any of the series, or an unknown image format.
+        ValueError: no run, a file that is no trainer state, a log without any of the series, or an unknown image
+            format.
     """
     output_dirs = [Path(path) for path in output_dirs]
     if not output_dirs:
@@ -114,8 +118,8 @@ def _find_state(path: Path) -> Path:
         if (folder / _STATE).is_file():
             return (folder / _STATE).resolve()
     raise FileNotFoundError(
-        f"{path}: found neither {_STATE} nor checkpoint-N/{_STATE}. A Trainer writes it with each checkpoint (save_strategy) and "
-        "in trainer.save_state()."
+        f"{path}: found neither {_STATE} nor checkpoint-N/{_STATE}. A Trainer writes it with each checkpoint "
+        "(save_strategy) and in trainer.save_state()."
     )
 
 
@@ -129,14 +133,14 @@ def _read(path: Path) -> _Run:
     run = _Run(path, log, _constant_decay(folders))
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
-            f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train with "
-            "logging_steps smaller than the number of optimizer steps (the Trainer's default is 500)"
+            f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train "
+            "with logging_steps smaller than the number of optimizer steps (the Trainer's default is 500)"
         )
     return run
 
 
 class _Unknown(dict):
-    """Stands for every object in a pickle: arguments, attributes and items are kept, and nothing is imported or called."""
+    """Stands for every object in a pickle: its contents are kept, and nothing is imported or called."""
 
     def __init__(self, *args: Any):
         self.args = args
@@ -162,9 +166,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _constant_decay(folders: Sequence[Path]) -> float | None:
     """
-    `weight_decay` in `training_args.bin`, if the optimizer named there decouples it from the gradient and keeps it constant.
+    `weight_decay` in `training_args.bin`, if the optimizer named there decouples it from the gradient and keeps it
+    constant.
 
-    Read with stand-ins instead of the classes, which needs no transformers and runs no code of a file that may come from others.
+    Read with stand-ins instead of the classes, which needs no transformers and runs no code of a file that may come
+    from others.
     """
     for folder in folders:
         try:
@@ -248,7 +254,7 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
 
 
 def _set_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic for more than a decade; zeros, which no logarithm shows, get a linear piece below the smallest positive value."""
+    """Logarithmic for more than a decade; zeros, which no logarithm shows, get a linear piece below all others."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     values = [value for value in values if math.isfinite(value)]

@@ -1,0 +1,75 @@
+"""[`SWDCallback`]: what any Trainer logs of scheduled weight decay. What it warns of stands in `watch.py`."""
+
+from __future__ import annotations
+
+from transformers.trainer_callback import TrainerCallback
+
+from ..engines.attach import attach, is_scheduled
+from ..core.schedule import schedule_of
+from . import watch
+from .optim_args import parse_optim_args
+
+
+__all__ = ["SWDCallback"]
+
+_DECAY_KEY = "swd/weight_decay"
+_RMS_KEY = "swd/grad_rms"
+
+
+class SWDCallback(TrainerCallback):
+    """
+    Reports scheduled weight decay in the logs of a Trainer, and warns where it does not do what it should.
+
+    Beside `loss`, every training log gets `swd/weight_decay`, the largest effective decay of any parameter group at
+    the last step, and `swd/grad_rms`, the root of the mean second moment that it was divided by. TensorBoard shows
+    them as `train/swd/weight_decay` and `train/swd/grad_rms`, as it renames all training logs.
+
+    `import hf_swd` makes it a default callback of every Trainer; there it acts before the trackers' callbacks, so they
+    see both keys. Without a schedule on the Trainer's optimizer it logs nothing. A second one on the same Trainer
+    changes nothing.
+
+    Warnings, through the logger `hf_swd.trainer`, once per training and on the main process only:
+
+    - no decay at all;
+    - a decay of more than 1 % of the weights per step (looked at in steps that are powers of two and at every log);
+    - at least 90 % of at least 20 steps clipped (counted by [`SWDTrainer`]; with another Trainer as far as its logs
+      show `grad_norm`, at the end of the training from 3 logs);
+    - a resumed checkpoint whose `reference_steps`, `unclipped_norm` or `amsgrad` are not what was asked for;
+    - a resumed checkpoint of scheduled weight decay in an optimizer that has no schedule.
+    """
+
+    def on_init_end(self, args, state, control, optimizer=None, **kwargs):
+        if optimizer is None:
+            self._check_arguments(args)
+
+    # The default callback has the check of `hf_swd.registration` instead, which also knows whether that succeeded.
+    @staticmethod
+    def _check_arguments(args):
+        if args.optim == "adams":
+            parse_optim_args(args.optim_args)
+
+    def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
+        if is_scheduled(optimizer):
+            watch.begin(attach(optimizer, model), state)
+        elif optimizer is not None:
+            watch.begin_without_schedule(optimizer, state)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        watch.after_step(optimizer, state.global_step + 1)
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        schedule = schedule_of(optimizer)
+        if schedule is None or not logs or "loss" not in logs or _DECAY_KEY in logs:
+            return
+        values = {_DECAY_KEY: watch.largest(optimizer, "weight_decay"), _RMS_KEY: schedule.grad_rms}
+        logs.update(values)  # all callbacks get this very dict, the history has a copy of it
+        if (
+            state.log_history
+            and state.log_history[-1].get("step") == state.global_step
+            and "loss" in state.log_history[-1]
+        ):
+            state.log_history[-1].update(values)
+        watch.after_log(optimizer, logs.get("grad_norm", 0.0), args.max_grad_norm)
+
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+        watch.end(optimizer, args.max_grad_norm)

@@ -1,0 +1,202 @@
+"""What a Trainer is warned of: settings under which scheduled weight decay does not do what it should."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..core.schedule import schedule_of
+
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
+    from ..core.schedule import WeightDecaySchedule
+
+
+__all__ = ["after_log", "after_step", "begin", "begin_without_schedule", "end", "largest"]
+
+logger = logging.getLogger("hf_swd.trainer")
+
+_LARGE_DECAY = 0.01  # of the weights, per step
+_NEARLY_ALL = 0.9
+_ENOUGH_STEPS = 20
+_ENOUGH_LOGS_AT_END = 3
+_OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
+_LIKE_ADAMW = (
+    'optim_args="reference_steps=100", with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)'
+)
+
+
+@dataclass
+class _Watch:
+    """What is known of one training; shared by all callbacks that see it, so that they warn once."""
+
+    state: TrainerState  # a new one for every training
+    first_step: int
+    clips_before: tuple[int, int]
+    logs: int = 0
+    clipped_logs: int = 0
+    said: set[str] = field(default_factory=set)
+
+    def looks_for(self, subject: str) -> bool:
+        return self.state.is_world_process_zero and subject not in self.said
+
+    def warn(self, subject: str, message: str) -> None:
+        if self.looks_for(subject):
+            self.said.add(subject)
+            logger.warning(message)
+
+
+# By schedule; by the optimizer itself where it has none.
+_watches: weakref.WeakKeyDictionary[Any, _Watch] = weakref.WeakKeyDictionary()
+
+
+def _begin(watched: Any, state: TrainerState, clips: tuple[int, int] = (0, 0)) -> _Watch:
+    watch = _watches.get(watched)
+    if watch is None or watch.state is not state:
+        watch = _watches[watched] = _Watch(state, state.global_step, clips)
+    return watch
+
+
+def begin(schedule: WeightDecaySchedule, state: TrainerState) -> None:
+    """At the begin of a training, after its checkpoint has been loaded."""
+    watch = _begin(schedule, state, schedule.clip_statistics())
+    optimizer = schedule.optimizer
+    if largest(optimizer, "initial_weight_decay") == 0:
+        watch.warn(
+            "no decay",
+            "weight_decay=0 (the default of TrainingArguments) in every parameter group of "
+            f"{type(optimizer).__name__}: there is no decay to schedule, and AdamS without decay is plain Adam. Set "
+            "weight_decay=5e-4, the paper's value; or AdamW's value (usually 0.01 to 0.1) together with "
+            'optim_args="reference_steps=100".',
+        )
+    if watch.first_step > 0:
+        _check_loaded_options(watch, optimizer)
+
+
+def begin_without_schedule(optimizer: Any, state: TrainerState) -> None:
+    """Like [`begin`], with an optimizer that has no schedule."""
+    optimizer = _innermost(optimizer)
+    steps = largest(optimizer, "schedule_step")
+    if steps > 0:
+        _begin(optimizer, state).warn(
+            "no schedule",
+            f"the checkpoint was written with scheduled weight decay ({steps:.0f} steps of it), but "
+            f"{type(optimizer).__name__} has no schedule: this training goes on with the constant "
+            f"weight_decay={largest(optimizer, 'weight_decay'):g}. To go on with the schedule, resume with "
+            'optim="adams", or with an optimizer that hf_swd.ScheduledWeightDecay wraps.',
+        )
+
+
+def after_step(optimizer: Any, step: int) -> None:
+    if step & (step - 1) == 0:
+        schedule = schedule_of(optimizer)
+        watch = _watches.get(schedule) if schedule is not None else None
+        if watch is not None:
+            _check_decay(watch, schedule, optimizer, step)
+
+
+def after_log(optimizer: Any, grad_norm: float, max_norm: float) -> None:
+    schedule = schedule_of(optimizer)
+    watch = _watches.get(schedule)
+    if watch is not None:
+        watch.logs += 1
+        watch.clipped_logs += grad_norm > max_norm
+        _check_decay(watch, schedule, optimizer, watch.state.global_step)
+        _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_STEPS)
+
+
+def end(optimizer: Any, max_norm: float) -> None:
+    schedule = schedule_of(optimizer)
+    watch = _watches.get(schedule) if schedule is not None else None
+    if watch is not None and watch.state.global_step - watch.first_step >= _ENOUGH_STEPS:
+        _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_LOGS_AT_END)
+
+
+def largest(optimizer: Any, key: str) -> float:
+    """Of the values that the parameter groups have for `key`; 0 where none has it. Makes the host wait."""
+    return max((float(group[key]) for group in optimizer.param_groups if key in group), default=0.0)
+
+
+def _innermost(optimizer: Any) -> Any:
+    while (inner := getattr(optimizer, "__dict__", {}).get("optimizer")) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _check_loaded_options(watch: _Watch, optimizer: Any) -> None:
+    """Options of which no group has what the optimizer was built with: it has got them from the checkpoint."""
+    groups, asked = optimizer.param_groups, optimizer.defaults
+    differing = [
+        key
+        for key in _OPTIONS
+        if groups and key in asked and all(group.get(key, asked[key]) != asked[key] for group in groups)
+    ]
+    if not differing:
+        return
+    # Adam's state lacks the maxima that amsgrad would need.
+    assignable = [f'group["{key}"]' for key in differing if not (key == "amsgrad" and asked[key])]
+    in_place = (
+        f", or assign {', '.join(assignable)} in every group of optimizer.param_groups, for instance in a callback's "
+        "on_train_begin"
+    )
+    watch.warn(
+        "options",
+        f"the checkpoint has {', '.join(f'{key}={groups[0][key]}' for key in differing)}, and "
+        f"{type(optimizer).__name__} was built with {', '.join(f'{key}={asked[key]}' for key in differing)}: the "
+        "checkpoint's are used, as its betas are. To change them, build the optimizer anew: load only the weights of "
+        f"the checkpoint, and train without resume_from_checkpoint{in_place if assignable else ''}.",
+    )
+
+
+def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, step: int) -> None:
+    if not watch.looks_for("large decay"):
+        return
+    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]) * float(group["weight_decay"]))
+    lr, decay, rms = float(group["lr"]), float(group["weight_decay"]), schedule.grad_rms
+    if lr * decay > _LARGE_DECAY and rms > 0:
+        user_decay = group["initial_weight_decay"]
+        if schedule.reference_steps:
+            remedy = f" ({_LARGE_DECAY / (lr * decay) * user_decay:.2g} would take 1 %)"
+        else:
+            remedy = f" (an effective decay of 0.01 is {0.01 * rms:.2g} here), or {_LIKE_ADAMW}"
+        watch.warn(
+            "large decay",
+            f"weight decay takes {100 * lr * decay:.3g} % of the weights at step {step}: learning rate {lr:.3g} * "
+            f"effective decay {decay:.3g}, from weight_decay={user_decay:g} at a gradient rms of {rms:.3g}. Choose a "
+            f"smaller weight_decay{remedy}.",
+        )
+
+
+def _check_clipping(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, max_norm: float, enough_logs: int) -> None:
+    if not watch.looks_for("clipping"):
+        return
+    user_decay = largest(optimizer, "initial_weight_decay")
+    if max_norm <= 0 or user_decay == 0 or schedule.unclipped_norm:
+        return
+    clipped, seen = (now - then for now, then in zip(schedule.clip_statistics(), watch.clips_before, strict=True))
+    enough, of_what = _ENOUGH_STEPS, "steps"
+    if not seen:
+        clipped, seen, enough, of_what = watch.clipped_logs, watch.logs, enough_logs, "logged steps"
+    if seen < enough or clipped < _NEARLY_ALL * seen:
+        return
+    group = optimizer.param_groups[0]
+    reference = schedule.reference_rms if schedule.reference_steps else 1.0
+    size = schedule.num_elements
+    if reference > 0:
+        constant = user_decay * reference * math.sqrt(size) / max_norm
+        factor = f"* {reference:.3g} " if reference != 1 else ""
+        formula = f"weight_decay={user_decay:g} {factor}* sqrt({size:.0f}) / {max_norm:g}"
+    else:  # before step `reference_steps`
+        constant, formula = user_decay, "weight_decay itself"
+    watch.warn(
+        "clipping",
+        f"{clipped} of {seen} {of_what} were clipped to max_grad_norm={max_norm:g}. Clipped gradients all have the "
+        f"same norm, so scheduled weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with "
+        f"weight_decay={constant:.3g}. To let it follow the gradient, raise max_grad_norm above the usual grad_norm "
+        'of the log, set max_grad_norm=0, or use hf_swd.SWDTrainer with optim_args="unclipped_norm=true".',
+    )
