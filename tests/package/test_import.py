@@ -86,27 +86,26 @@ def test_unknown_name_is_an_attribute_error(package):
 # From the bottom up: what a module of the package may import stands in its own layer or below. Names are those below
 # `hf_swd`, packages stand for all of their modules, and "" is the package itself.
 LAYERS = [
-    # The flat names of the first two lines: until core/ and engines/ exist.
-    ["core", *"schedule recurrence clipping grad_norm group_keys moments validation cpu_norm triton_adam".split()],
+    ["core"],
     ["adams", "scheduled_weight_decay"],
-    ["engines", "attach", "zero"],
+    ["engines"],
     ["trainer"],
     ["registration"],
     ["commands"],
     ["", "__main__"],
 ]
 # Beside torch and the standard library.
-PACKAGES = {"engines.zero": {"deepspeed"}, "trainer": {"transformers"}, "registration": {"transformers"}}
-PACKAGES |= {"commands.plot": {"matplotlib"}, "zero": {"deepspeed"}}
+PACKAGES = {
+    "engines.zero": {"deepspeed"},
+    "trainer": {"transformers"},
+    "registration": {"transformers"},
+    "commands.plot": {"matplotlib"},
+}
 # Names that only one module may know: the marks that engines leave on parameters, and engines' insides.
 INSIDES = {
     "engines.zero": r"_hp_mapping|_z3_optimizer|ds_(id|numel|tensor|shape|status)",
     "engines.fsdp1": r"_fsdp_flattened|_flat_param|flat_param|_shard_param_infos|_shard_numel_padded|_use_orig_params",
 }
-# Until core/ and engines/ exist: modules on their way out, and those that still name what is not theirs.
-GOING = {"cpu_norm", "triton_adam"}
-UNFINISHED = GOING | {"schedule", "attach", "zero"}
-
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -217,7 +216,7 @@ def test_every_module_has_a_layer():
         layer(module)
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in GOING])
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downwards(module):
     higher = {name for name in own_imports(module) if layer(name) > layer(module)}
     assert not higher, f"{module} imports {higher}, which stand above it"
@@ -231,7 +230,7 @@ def test_no_circle():
     assert not below, f"in circles, or above them: {below}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in GOING])
+@pytest.mark.parametrize("module", MODULES)
 def test_packages_are_imported_where_they_belong(module):
     """The core knows nothing of Hugging Face or DeepSpeed; only one module of the engines imports DeepSpeed."""
     allowed = {"hf_swd", "torch", "__main__", *sys.stdlib_module_names}
@@ -242,7 +241,7 @@ def test_packages_are_imported_where_they_belong(module):
     assert not found, f"{module} imports {found}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in UNFINISHED])
+@pytest.mark.parametrize("module", MODULES)
 def test_insides_of_engines_are_named_where_they_belong(module):
     source = PATHS[module].read_text(encoding="utf-8")
     for owner, names in INSIDES.items():

@@ -578,10 +578,6 @@ def test_checkpoint_with_another_amsgrad_says_that_it_wins(tmp_path, caplog, sav
     assert ('assign group["amsgrad"] in every group' in message) == (asked == "false")
 
 
-@pytest.mark.skipif(
-    "reference_steps" not in AdamS([torch.nn.Parameter(torch.ones(1))]).defaults,
-    reason="optimizer.defaults does not hold the options of the schedule yet",
-)
 def test_checkpoint_with_other_options_names_all_of_them_in_one_warning(tmp_path, caplog):
     train(tmp_path, SWDTrainer, **SAVING, optim_args="reference_steps=2,unclipped_norm=true,amsgrad=true")
     resumed = resume(SWDTrainer, tmp_path, optim_args="reference_steps=50", callbacks=[SWDCallback()])
