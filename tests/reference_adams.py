@@ -73,6 +73,7 @@ class ReferenceAdamS:
     ) -> None:
         """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`: what they were
         before clipping, if it is not the same."""
+        self.take_over()
         present = self._update_moments(gradients, unclipped or gradients)
         if not present:
             return
@@ -93,7 +94,7 @@ class ReferenceAdamS:
         self._update_weights(present, [group["weight_decay"] for group, _, _ in present])
 
     def take_over(self) -> None:
-        """Go on from moments that another optimizer has made: a schedule that has no step yet counts theirs."""
+        """Where a schedule without a step finds moments, another optimizer has made them, and its steps count."""
         states = [s for group in self.groups for s in group["state"]]
         if self.steps == 0 and any(s["v"].any() for s in states):
             self.steps = max(s["t"] for s in states)
