@@ -28,6 +28,11 @@ def as_real64(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().clone()
 
 
+def fresh_state(p: Tensor) -> dict:
+    """State of a parameter before its first step: steps, moments, maximum of the second, second moment of the unclipped gradients."""
+    return {"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}}
+
+
 class ReferenceAdamS:
     """
     The paper's algorithm on its own float64 copies of the parameters.
@@ -56,7 +61,7 @@ class ReferenceAdamS:
 
     def add_group(self, group: dict) -> None:
         params = [as_real64(p) for p in group["params"]]
-        state = [{"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}} for p in params]
+        state = [fresh_state(p) for p in params]
         self.groups.append({**self.defaults, **group, "params": params, "state": state, "decay": None})
 
     @property
@@ -70,16 +75,40 @@ class ReferenceAdamS:
     ) -> None:
         """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`:
         what they were before clipping, if it is not the same."""
+        self.take_over()
+        present = self._update_moments(gradients, unclipped or gradients)
+        if not present:
+            return
+        count = sum(s["v"].numel() for _, _, s in present)
+        total = sum(self._second_moment_sum(group, s) / (1 - group["betas"][1] ** s["t"]) for group, _, s in present)
+        self.v_bar = total / count if count else 0.0
+        if self.v_bar > 0:  # zero gradients from the start are no step of the schedule
+            self.steps += 1
+            if self.steps >= self.reference_steps > 0 and self.reference_rms == 0 and isfinite(self.grad_rms):
+                self.reference_rms = self.grad_rms
+        for group in self.groups:
+            group["decay"] = self._decay(group)
+        self._update_weights(present, [group["decay"] for group, _, _ in present])
+
+    def adamw_step(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
+        """One step of AdamW with the constant decay `weight_decay`, of which the schedule learns nothing but the moments."""
+        present = self._update_moments(gradients, gradients)
+        self._update_weights(present, [group["weight_decay"] for group, _, _ in present])
+
+    def take_over(self) -> None:
+        """Where a schedule without a step finds moments, another optimizer has made them, and its steps count."""
+        states = [s for group in self.groups for s in group["state"]]
+        if self.steps == 0 and any(s["v"].any() for s in states):
+            self.steps = max(s["t"] for s in states)
+
+    def _update_moments(self, gradients: Sequence, unclipped: Sequence) -> list[tuple[dict, Tensor, dict]]:
+        """Group, parameter and state of every parameter that has a gradient."""
         present = [
             (group, p, s, as_real64(g), as_real64(u))
-            for group, grads, befores in zip(self.groups, gradients, unclipped or gradients, strict=True)
+            for group, grads, befores in zip(self.groups, gradients, unclipped, strict=True)
             for p, s, g, u in zip(group["params"], group["state"], grads, befores, strict=True)
             if g is not None
         ]
-        if not present:
-            return
-
-        v_hats, u_hats = [], []
         for group, _, s, g, u in present:
             beta1, beta2 = group["betas"]
             g = -g if group["maximize"] else g
@@ -88,20 +117,18 @@ class ReferenceAdamS:
             s["v"] = beta2 * s["v"] + (1 - beta2) * g * g
             s["v_max"] = torch.maximum(s["v_max"], s["v"])
             s["u"] = beta2 * s["u"] + (1 - beta2) * u * u
-            v_hats.append((s["v_max"] if group["amsgrad"] else s["v"]) / (1 - beta2 ** s["t"]))
-            u_hats.append(s["u"] / (1 - beta2 ** s["t"]))
-        averaged = u_hats if self.unclipped_norm else v_hats
-        count = sum(v_hat.numel() for v_hat in averaged)
-        self.v_bar = sum(v_hat.sum().item() for v_hat in averaged) / count if count else 0.0
-        self.steps += self.v_bar > 0  # of the calibration: steps since the first gradient that is not zero
-        if self.steps >= self.reference_steps > 0 and self.reference_rms == 0 and isfinite(self.grad_rms):
-            self.reference_rms = self.grad_rms
+        return [entry[:3] for entry in present]
 
-        for group in self.groups:
-            group["decay"] = self._decay(group)
-        for (group, p, s, *_), v_hat in zip(present, v_hats, strict=True):
-            m_hat = s["m"] / (1 - group["betas"][0] ** s["t"])
-            p.mul_(1 - group["lr"] * group["decay"])
+    def _second_moment_sum(self, group: dict, s: dict) -> float:
+        name = "u" if self.unclipped_norm else "v_max" if group["amsgrad"] else "v"
+        return s[name].sum().item()
+
+    def _update_weights(self, present: list[tuple[dict, Tensor, dict]], decays: Sequence[float]) -> None:
+        for (group, p, s), decay in zip(present, decays, strict=True):
+            beta1, beta2 = group["betas"]
+            m_hat = s["m"] / (1 - beta1 ** s["t"])
+            v_hat = (s["v_max"] if group["amsgrad"] else s["v"]) / (1 - beta2 ** s["t"])
+            p.mul_(1 - group["lr"] * decay)
             p.sub_(group["lr"] * m_hat / (v_hat.sqrt() + group["eps"]))
 
     def _decay(self, group: dict) -> float:
