@@ -35,7 +35,8 @@ def model() -> nn.Module:
 
 
 def fsdp2(shape: tuple[int, ...] = (WORLD,)) -> nn.Module:
-    return fully_shard(model(), mesh=dist.init_device_mesh("cpu", shape))
+    names = ("replicate", "shard")[-len(shape) :]
+    return fully_shard(model(), mesh=dist.init_device_mesh("cpu", shape, mesh_dim_names=names))
 
 
 def hsdp() -> nn.Module:

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from checkpoints import shared_folder
 from engines import whole_weights
-from reference_adams import ReferenceAdamS
 from torch import Tensor, nn
 
 import hf_swd
@@ -113,65 +112,6 @@ def train(
 
 def lambdas(groups: Sequence[dict[str, Any]]) -> list[float]:
     return [float(group["weight_decay"]) for group in groups]
-
-
-# The single-process reference
-
-
-class Reference(ReferenceAdamS):
-    """With `constant`, AdamW with lambda as its decay."""
-
-    constant = False
-
-    def _decay(self, group: dict) -> float:
-        return group["weight_decay"] if self.constant else super()._decay(group)
-
-
-def reference(
-    *,
-    adamw: Sequence[int] = (),
-    decay_of_adamw: float = WEIGHT_DECAY,
-    always: bool = False,
-    one_group: bool = False,
-    dummy_steps: int = 0,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """
-    The run in float64, noted as by [`Trace`].
-
-    Args:
-        adamw (`Sequence[int]`): the steps that AdamW makes, with `decay_of_adamw` where the group decays.
-        always (`bool`): `side` never misses a gradient.
-        one_group (`bool`): every parameter decays.
-        dummy_steps (`int`): steps that Adam has counted before the first (with zero gradients and lr 0).
-    """
-    model = build(torch.float64)
-    param_groups = groups(model, WEIGHT_DECAY, one_group)
-    names = {p: name for name, p in model.named_parameters()}
-    adams = Reference(param_groups, lr=LR, **options)
-    for group in adams.groups:
-        for state in group["state"]:
-            state["t"] = dummy_steps
-    noted = []
-    for step in range(STEPS):
-        batch = batch_of(step, always)
-        model.zero_grad()
-        model(batch["x"].double(), batch["y"].double(), batch["side"]).backward()
-        adams.constant = step in adamw
-        for group in adams.groups:
-            group["weight_decay"] = WEIGHT_DECAY if group["weight_decay"] else 0.0
-            if adams.constant and group["weight_decay"]:
-                group["weight_decay"] = decay_of_adamw
-        adams.step([[p.grad for p in group["params"]] for group in param_groups])
-        if adams.constant:
-            adams.reference_rms = 0.0
-        with torch.no_grad():
-            for group, new in zip(param_groups, adams.groups, strict=True):
-                for p, value in zip(group["params"], new["params"], strict=True):
-                    p.copy_(value)
-        weights = {names[p]: p.detach().clone() for p in model.parameters()}
-        noted.append({"weights": weights, "grad_rms": adams.grad_rms, "decay": adams.groups[0]["decay"]})
-    return noted
 
 
 # DDP and FSDP2
@@ -547,7 +487,7 @@ def dcp_there_and_back() -> dict[str, Any]:
         if part == 2:
             try:
                 Torch("fsdp2", optim).load(folder / "1")
-            except Exception as error:  # torch's CheckpointException is a BaseException in some versions
+            except BaseException as error:  # as torch's CheckpointException is
                 result["strict"] = f"{type(error).__name__}: {error}"
         if part:
             run.load(folder / str(part - 1), partial_load=part == 2)
