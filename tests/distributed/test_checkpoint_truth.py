@@ -166,8 +166,9 @@ def test_universal_checkpoint_of_bf16_optimizer(results: Results) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("variant", [variant("universal-3", "zero_universal", stage=3)])
 def test_universal_checkpoint_of_stage_3(results: Results) -> None:
-    # DeepSpeed (0.19.8) lets all groups share the first one's weight_decay and all partitions one `step`, which then counts each of them:
-    # weights go wrong at once, of AdamW as well. The schedule of the first step is right, and it counts steps, not partitions.
+    # DeepSpeed (0.19.8) lets all groups share the first one's weight_decay and all partitions one `step`, which then
+    # counts each of them: weights go wrong at once, of AdamW as well. The schedule of the first step is right, and it
+    # counts steps, not partitions.
     for value in value_of(results):
         for part, first in (("back", 3), ("same_step", 6), ("fresh", 6)):
             check_schedule(value[part][:1], value["whole"][first : first + 1], 1e-6, of=part)
@@ -250,10 +251,23 @@ def test_saved_before_the_first_step(results: Results, variant: Variant) -> None
         check_bits(value["resumed"], value["whole"])
 
 
-@pytest.mark.parametrize("variant", [variant("flattened", "fsdp2_flattened")])
-def test_flattened_state_dict(results: Results) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("flattened", "fsdp2_flattened"),
+        variant("full", "fsdp2_full", broadcast=False),
+        variant("full-broadcast", "fsdp2_full", broadcast=True),
+    ],
+)
+def test_options_of_get_state_dict(results: Results) -> None:
     for value in value_of(results):
         check_bits(value["resumed"], value["whole"])
+
+
+@pytest.mark.parametrize("variant", [variant("state-dict-on-one-rank", "fsdp2_state_dict_on_one_rank")])
+def test_state_dict_on_one_rank_is_no_collective(results: Results) -> None:
+    for value in value_of(results):
+        check_steps(value, reference()[:6])
 
 
 # FSDP1's own optimizer state dicts

@@ -155,18 +155,22 @@ class Torch:
 
     def load(self, folder: Any, *, partial_load: bool = False, **options: Any) -> None:
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state = self.state(**options)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=partial_load)
         dcp.load(state, checkpoint_id=str(folder), planner=planner)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(**options),
+        self.set_state(state, **options)
+
+    def set_state(self, state: dict[str, Any], **options: Any) -> None:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
         )
+
+        # Not set_state_dict, which hangs where one rank alone has a state.
+        set_model_state_dict(self.model, state["model"], options=StateDictOptions(**options))
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=StateDictOptions(**options))
 
 
 def fsdp2_part(
@@ -202,6 +206,30 @@ def fsdp2_flattened() -> dict[str, Any]:
     resumed = Torch("fsdp2", "adams")
     resumed.load(folder, flatten_optimizer_state_dict=True)
     return {"whole": whole, "resumed": resumed.train(6, 9)}
+
+
+def fsdp2_full(*, broadcast: bool) -> dict[str, Any]:
+    """By whole tensors, which every rank has or only the first."""
+    live = Torch("fsdp2", "adams")
+    live.train(0, 6)
+    saved = copy.deepcopy(live.state(full_state_dict=True, cpu_offload=broadcast))
+    whole = live.train(6, 9)
+    resumed = Torch("fsdp2", "adams")
+    if broadcast and dist.get_rank() > 0:
+        saved = {"model": {}, "optimizer": {}}
+    resumed.set_state(saved, full_state_dict=True, broadcast_from_rank0=broadcast)
+    return {"whole": whole, "resumed": resumed.train(6, 9)}
+
+
+def fsdp2_state_dict_on_one_rank() -> list[dict[str, Any]]:
+    """Someone has replaced the moments, and one rank alone looks at the state."""
+    run = Torch("fsdp2", "adams")
+    noted = run.train(0, 3)
+    for state in run.optimizer.state.values():
+        state["exp_avg_sq"] = state["exp_avg_sq"].clone()
+    if dist.get_rank() == 0:
+        run.optimizer.state_dict()
+    return noted + run.train(3, 6)
 
 
 def torch_resumed(engine: str, *, optim: str = "adams", options: dict[str, Any] | None = None) -> dict[str, Any]:
