@@ -20,6 +20,7 @@ from reference_adams import ReferenceAdamS
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
+LAMBDAS = [truth.WEIGHT_DECAY, 0.0]
 Results = list[dict[str, Any]]
 Steps = Sequence[dict[str, Any]]
 variant = partial(harness.variant, module="truth")
@@ -192,6 +193,30 @@ def test_universal_checkpoint_of_adamw(results: Results) -> None:
         assert [step["step_count"] for step in value] == [7, 8, 9, 10, 11, 12]
 
 
+# torch's ZeroRedundancyOptimizer, which calls no load_state_dict of the optimizer inside
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant(f"redundant-{steps}", "redundant", reference_steps=steps, slow=slow)
+        for steps, slow in ((4, False), (0, True))
+    ],
+)
+def test_zero_redundancy_optimizer(results: Results, variant: Variant) -> None:
+    expected = reference(always=True, reference_steps=variant.kwargs["reference_steps"])
+    for value in value_of(results):
+        for part, first in (("back", 3), ("same_step", 6), ("fresh", 6)):
+            check_steps(value[part], expected[first : first + 3], of=part)
+
+
+@pytest.mark.parametrize("variant", [variant("redundant-lambda", "redundant")])
+def test_lambda_in_a_checkpoint_of_zero_redundancy_optimizer(results: Results) -> None:
+    # It saves groups that it has copied from the optimizer inside.
+    for value in value_of(results):
+        assert value["lambdas"] == LAMBDAS
+
+
 # FSDP2 through torch.distributed.checkpoint
 
 
@@ -329,9 +354,6 @@ def test_between_ddp_and_fsdp1(results: Results, variant: Variant) -> None:
 
 
 # AdamS -> AdamW -> AdamS
-
-
-LAMBDAS = [truth.WEIGHT_DECAY, 0.0]
 
 
 @pytest.mark.parametrize(

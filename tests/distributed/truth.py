@@ -267,6 +267,59 @@ def torch_rolled_back() -> dict[str, Any]:
     return {"back": back, "same_step": other.train(6, 9)}
 
 
+# ZeroRedundancyOptimizer
+
+
+class Redundant:
+    """torch's ZeroRedundancyOptimizer, which writes a checkpoint into state and groups of the AdamS inside by itself."""
+
+    def __init__(self, optim: str, **options: Any) -> None:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        self.model = build()
+        self.wrapped = nn.parallel.DistributedDataParallel(self.model)
+        kind, decay = (hf_swd.AdamS, WEIGHT_DECAY) if optim == "adams" else (torch.optim.AdamW, CONSTANT_DECAY)
+        self.optimizer = ZeroRedundancyOptimizer(groups(self.model, decay), kind, lr=LR, weight_decay=decay, **options)
+        self.trace = Trace(self.optimizer.optim, lambda: whole_weights(self.model.named_parameters()))
+
+    def train(self, first: int, last: int, scale: float = 1.0) -> list[dict[str, Any]]:
+        return train(partial(self.step, scale), self.trace, first, last, always=True)
+
+    def step(self, scale: float, batch: Batch) -> None:
+        (scale * self.wrapped(**share(batch))).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> list[Any]:
+        self.optimizer.consolidate_state_dict(to=0)
+        state = [self.optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(state)
+        return copy.deepcopy([self.model.state_dict(), *state])
+
+    def load(self, state: list[Any]) -> None:
+        model, optimizer = copy.deepcopy(state)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+
+def redundant(*, optim: str = "adams", **options: Any) -> dict[str, Any]:
+    """As [`zero_universal`]."""
+    live = Redundant(optim, **options)
+    whole = live.train(0, 3)
+    third = live.state()
+    whole += live.train(3, 6)
+    sixth = live.state()
+    whole += live.train(6, 9)
+    live.load(third)
+    result = {"whole": whole, "back": live.train(3, 6), "lambdas": lambdas(sixth[1]["param_groups"])}
+    for part, steps in (("same_step", 6), ("fresh", 0)):
+        other = Redundant(optim, **options)
+        other.train(0, steps, scale=OTHER)
+        other.load(sixth)
+        result[part] = other.train(6, 9)
+    return result
+
+
 # FSDP1
 
 
