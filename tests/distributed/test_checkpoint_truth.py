@@ -20,6 +20,7 @@ from reference_adams import ReferenceAdamS
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
+LAMBDAS = [truth.WEIGHT_DECAY, 0.0]
 Results = list[dict[str, Any]]
 Steps = Sequence[dict[str, Any]]
 variant = partial(harness.variant, module="truth")
@@ -166,8 +167,9 @@ def test_universal_checkpoint_of_bf16_optimizer(results: Results) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("variant", [variant("universal-3", "zero_universal", stage=3)])
 def test_universal_checkpoint_of_stage_3(results: Results) -> None:
-    # DeepSpeed (0.19.8) lets all groups share the first one's weight_decay and all partitions one `step`, which then counts each of them:
-    # weights go wrong at once, of AdamW as well. The schedule of the first step is right, and it counts steps, not partitions.
+    # DeepSpeed (0.19.8) lets all groups share the first one's weight_decay and all partitions one `step`, which then
+    # counts each of them: weights go wrong at once, of AdamW as well. The schedule of the first step is right, and it
+    # counts steps, not partitions.
     for value in value_of(results):
         for part, first in (("back", 3), ("same_step", 6), ("fresh", 6)):
             check_schedule(value[part][:1], value["whole"][first : first + 1], 1e-6, of=part)
@@ -189,6 +191,30 @@ def test_universal_checkpoint_of_adamw(results: Results) -> None:
     for value in value_of(results):
         check_steps(value, expected[6:])
         assert [step["step_count"] for step in value] == [7, 8, 9, 10, 11, 12]
+
+
+# torch's ZeroRedundancyOptimizer, which calls no load_state_dict of the optimizer inside
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant(f"redundant-{steps}", "redundant", reference_steps=steps, slow=slow)
+        for steps, slow in ((4, False), (0, True))
+    ],
+)
+def test_zero_redundancy_optimizer(results: Results, variant: Variant) -> None:
+    expected = reference(always=True, reference_steps=variant.kwargs["reference_steps"])
+    for value in value_of(results):
+        for part, first in (("back", 3), ("same_step", 6), ("fresh", 6)):
+            check_steps(value[part], expected[first : first + 3], of=part)
+
+
+@pytest.mark.parametrize("variant", [variant("redundant-lambda", "redundant")])
+def test_lambda_in_a_checkpoint_of_zero_redundancy_optimizer(results: Results) -> None:
+    # It saves groups that it has copied from the optimizer inside.
+    for value in value_of(results):
+        assert value["lambdas"] == LAMBDAS
 
 
 # FSDP2 through torch.distributed.checkpoint
@@ -250,10 +276,23 @@ def test_saved_before_the_first_step(results: Results, variant: Variant) -> None
         check_bits(value["resumed"], value["whole"])
 
 
-@pytest.mark.parametrize("variant", [variant("flattened", "fsdp2_flattened")])
-def test_flattened_state_dict(results: Results) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant("flattened", "fsdp2_flattened"),
+        variant("full", "fsdp2_full", broadcast=False),
+        variant("full-broadcast", "fsdp2_full", broadcast=True),
+    ],
+)
+def test_options_of_get_state_dict(results: Results) -> None:
     for value in value_of(results):
         check_bits(value["resumed"], value["whole"])
+
+
+@pytest.mark.parametrize("variant", [variant("state-dict-on-one-rank", "fsdp2_state_dict_on_one_rank")])
+def test_state_dict_on_one_rank_is_no_collective(results: Results) -> None:
+    for value in value_of(results):
+        check_steps(value, reference()[:6])
 
 
 # FSDP1's own optimizer state dicts
@@ -315,9 +354,6 @@ def test_between_ddp_and_fsdp1(results: Results, variant: Variant) -> None:
 
 
 # AdamS -> AdamW -> AdamS
-
-
-LAMBDAS = [truth.WEIGHT_DECAY, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One collective per step and sharded mesh dimension, clipping included; on torch's fake process group, as one of four ranks."""
+"""One collective per step and sharded mesh dimension, clipping included; as one of four ranks of a fake group."""
 
 from __future__ import annotations
 

@@ -155,18 +155,22 @@ class Torch:
 
     def load(self, folder: Any, *, partial_load: bool = False, **options: Any) -> None:
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state = self.state(**options)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=partial_load)
         dcp.load(state, checkpoint_id=str(folder), planner=planner)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(**options),
+        self.set_state(state, **options)
+
+    def set_state(self, state: dict[str, Any], **options: Any) -> None:
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
         )
+
+        # Not set_state_dict, which hangs where one rank alone has a state.
+        set_model_state_dict(self.model, state["model"], options=StateDictOptions(**options))
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=StateDictOptions(**options))
 
 
 def fsdp2_part(
@@ -204,6 +208,30 @@ def fsdp2_flattened() -> dict[str, Any]:
     return {"whole": whole, "resumed": resumed.train(6, 9)}
 
 
+def fsdp2_full(*, broadcast: bool) -> dict[str, Any]:
+    """By whole tensors, which every rank has or only the first."""
+    live = Torch("fsdp2", "adams")
+    live.train(0, 6)
+    saved = copy.deepcopy(live.state(full_state_dict=True, cpu_offload=broadcast))
+    whole = live.train(6, 9)
+    resumed = Torch("fsdp2", "adams")
+    if broadcast and dist.get_rank() > 0:
+        saved = {"model": {}, "optimizer": {}}
+    resumed.set_state(saved, full_state_dict=True, broadcast_from_rank0=broadcast)
+    return {"whole": whole, "resumed": resumed.train(6, 9)}
+
+
+def fsdp2_state_dict_on_one_rank() -> list[dict[str, Any]]:
+    """Someone has replaced the moments, and one rank alone looks at the state."""
+    run = Torch("fsdp2", "adams")
+    noted = run.train(0, 3)
+    for state in run.optimizer.state.values():
+        state["exp_avg_sq"] = state["exp_avg_sq"].clone()
+    if dist.get_rank() == 0:
+        run.optimizer.state_dict()
+    return noted + run.train(3, 6)
+
+
 def torch_resumed(engine: str, *, optim: str = "adams", options: dict[str, Any] | None = None) -> dict[str, Any]:
     """A whole run, and a second one that goes on from its checkpoint of step 6."""
     live = Torch(engine, optim, **(options or {}))
@@ -237,6 +265,59 @@ def torch_rolled_back() -> dict[str, Any]:
     other.train(0, 6, scale=OTHER)
     other.load(folder / "6")
     return {"back": back, "same_step": other.train(6, 9)}
+
+
+# ZeroRedundancyOptimizer
+
+
+class Redundant:
+    """torch's ZeroRedundancyOptimizer, which writes a checkpoint into state and groups of the AdamS inside by itself."""
+
+    def __init__(self, optim: str, **options: Any) -> None:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        self.model = build()
+        self.wrapped = nn.parallel.DistributedDataParallel(self.model)
+        kind, decay = (hf_swd.AdamS, WEIGHT_DECAY) if optim == "adams" else (torch.optim.AdamW, CONSTANT_DECAY)
+        self.optimizer = ZeroRedundancyOptimizer(groups(self.model, decay), kind, lr=LR, weight_decay=decay, **options)
+        self.trace = Trace(self.optimizer.optim, lambda: whole_weights(self.model.named_parameters()))
+
+    def train(self, first: int, last: int, scale: float = 1.0) -> list[dict[str, Any]]:
+        return train(partial(self.step, scale), self.trace, first, last, always=True)
+
+    def step(self, scale: float, batch: Batch) -> None:
+        (scale * self.wrapped(**share(batch))).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> list[Any]:
+        self.optimizer.consolidate_state_dict(to=0)
+        state = [self.optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(state)
+        return copy.deepcopy([self.model.state_dict(), *state])
+
+    def load(self, state: list[Any]) -> None:
+        model, optimizer = copy.deepcopy(state)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+
+def redundant(*, optim: str = "adams", **options: Any) -> dict[str, Any]:
+    """As [`zero_universal`]."""
+    live = Redundant(optim, **options)
+    whole = live.train(0, 3)
+    third = live.state()
+    whole += live.train(3, 6)
+    sixth = live.state()
+    whole += live.train(6, 9)
+    live.load(third)
+    result = {"whole": whole, "back": live.train(3, 6), "lambdas": lambdas(sixth[1]["param_groups"])}
+    for part, steps in (("same_step", 6), ("fresh", 0)):
+        other = Redundant(optim, **options)
+        other.train(0, steps, scale=OTHER)
+        other.load(sixth)
+        result[part] = other.train(6, 9)
+    return result
 
 
 # FSDP1
