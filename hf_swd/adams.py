@@ -257,7 +257,7 @@ class AdamS(torch.optim.AdamW):
             raise RuntimeError(
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
             )
-        self._decay_schedule.blocks.clipping.settle()
+        self._decay_schedule.settle()
         state = super().__getstate__()
         # Numbers instead of views, of which pickle would write the whole vector each time.
         return {**state, "state": defaultdict(dict, self._decay_schedule.blocks.saved_state(self.state))}

@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -128,19 +129,19 @@ class ParameterBlocks:
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
         states = self._states(params)
-        if self._params is None or not self._watch.sees_the_same(params, states):
+        is_new = self._params is None
+        if is_new or not self._watch.sees_the_same(params, states):
+            had_entries = any(SUM in state for state in states)
             self._read(params, states)
-        if loaded is not None:
-            self._take_over(mean, states)
+        else:
+            had_entries = True
+        if is_new or loaded is not None:
+            self._take_over(mean, states, had_entries)
 
     def write_back(self) -> None:
-        states = self._states(self._params)
-        shown = self._entries()
-        for i, (p, state) in enumerate(zip(self._params, states, strict=True)):
-            if state.get(SUM) is not shown[i][0] and (state or p.grad is not None):
-                state = states[i] = self._optimizer.state[p]
-                state[SUM], state[STEP] = shown[i]
-        self._watch = StateWatch(self._params, states)
+        # An optimizer takes a state that is not empty for complete: only now is it one's turn where there was none.
+        state = self._optimizer.state
+        self._show([state[p] if p.grad is not None else state.get(p, _NO_STATE) for p in self._params])
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         params = self._all_params()
@@ -148,7 +149,7 @@ class ParameterBlocks:
         outdated = {id(self._optimizer.state[p]) for p in self._watch.outdated(params, states)}
         # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
         hidden = any(p in self._shards for p in params)
-        saved = {k: dict(v) if isinstance(v, dict) and SUM in v else v for k, v in state.items()}
+        saved = {k: dict(v) if _has_entry(v) else v for k, v in state.items()}
         shown = [key for key, values in saved.items() if values is not state[key]]
         for name in (SUM, STEP):
             numbers = as_numbers([saved[key].pop(name) for key in shown])
@@ -157,12 +158,16 @@ class ParameterBlocks:
                     saved[key][name] = number
         return saved
 
-    def _entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Sum and steps of each parameter as views of the vectors, which follow them as long as these are changed in place."""
-        if self._shown[0] is not self.running.sums:
+    def _show(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Put sum and steps of each parameter into its state, where there is one: views of the vectors, which follow them as long as
+        these are changed in place."""
+        if self._views[0] is not self.running.sums:
             views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
-            self._shown = self.running.sums, list(zip(*views, strict=True))
-        return self._shown[1]
+            self._views = self.running.sums, list(zip(*views, strict=True))
+        for state, (total, step) in zip(states, self._views[1], strict=True):
+            if state is not _NO_STATE and state.get(SUM) is not total:
+                state[SUM], state[STEP] = total, step
+        self._watch = StateWatch(self._params, states)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -178,7 +183,7 @@ class ParameterBlocks:
             i
             for i, (p, state) in enumerate(zip(params, states, strict=True))
             # A checkpoint's number is of the whole parameter.
-            if SUM in state and p not in outdated and not (p in self._shards and not isinstance(state[SUM], Tensor))
+            if _has_entry(state) and p not in outdated and (p not in self._shards or isinstance(state[SUM], Tensor))
         ]
         sums, steps = ([0.0] * len(params) for _ in range(2))
         for key, numbers in ((SUM, sums), (STEP, steps)):
@@ -193,6 +198,8 @@ class ParameterBlocks:
                     rebuilt[i], steps[i] = moment, adam_step
         device = params[0].device if params else torch.device("cpu")
         dtype = accumulation_dtype(device)
+        if self._params is None or len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            self.clipping.settle()  # what is known of the gradients is known by position
         self._params = params
         self._layout = Layout(params, self._shards, self.process_group)
         self._beta2: tuple[list, Tensor] | None = None
@@ -204,10 +211,10 @@ class ParameterBlocks:
             parts[list(rebuilt)] = moment_sums(list(rebuilt.values())).to(local)
             local += self._layout.of_whole_parameters(parts.unsqueeze(1)).squeeze(1)
         self.running = RunningSums(local, theirs, self._layout.counts)
-        self._shown: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
-        self._watch = StateWatch(params, states)
+        self._views: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
+        self._show(states)
 
-    def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]]) -> None:
+    def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], had_entries: bool) -> None:
         """
         Bring numbers of the model that have just been loaded, and the sums, together.
 
@@ -216,17 +223,17 @@ class ParameterBlocks:
         """
         running, groups = self.running, self._optimizer.param_groups
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
-        with_entry = running.counts.new_tensor([SUM in state for state in states]).unsqueeze(1)
+        entries = torch.full_like(running.counts, had_entries).unsqueeze(1)
         if mean.step == 0:
             has_moments = self.total(running.sums.unsqueeze(1)).squeeze(0) > 0
             mean.step = torch.where(has_moments, last_step, 0.0)
-        elif mean.mean > 0 and self.total(with_entry) == 0:
+        elif mean.mean > 0 and self.total(entries) == 0:
             known, num_elements = mean_of(
                 running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total
             )
             unclipped = group_state.read(groups, "unclipped_norm")
             if num_elements == 0:  # the optimizer keeps no second moment: every parameter gets its share of the mean
-                running.steps.copy_(mean.step.expand_as(running.steps))
+                running.steps.copy_(mean.step * running.steps.new_tensor([len(state) > 0 for state in states]))
                 running.sums.copy_(mean.mean * running.counts * (1 - self.beta2().pow(running.steps)))
             elif unclipped or (
                 last_step == mean.step
@@ -240,14 +247,14 @@ class ParameterBlocks:
 
     def beta2(self) -> Tensor:
         groups = self._optimizer.param_groups
-        values = [group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2 for group in groups]
-        if self._beta2 is None or self._beta2[0] != values or any(isinstance(value, Tensor) for value in values):
+        values = [
+            (group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2, len(group["params"]))
+            for group in groups
+        ]
+        if self._beta2 is None or any(isinstance(beta2, Tensor) for beta2, _ in values) or self._beta2[0] != values:
             like = self.running.sums
-            per_group = [
-                torch.as_tensor(value, dtype=like.dtype).to(like.device).expand(len(group["params"]))
-                for value, group in zip(values, groups, strict=True)
-            ]
-            self._beta2 = values, torch.cat(per_group)
+            vectors = [torch.as_tensor(beta2, dtype=like.dtype).to(like.device).expand(n) for beta2, n in values]
+            self._beta2 = values, torch.cat(vectors)
         return self._beta2[1]
 
     def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
@@ -333,3 +340,7 @@ class ParameterBlocks:
             index = torch.tensor(positions, dtype=torch.long)
             self._active = positions, index.to(device, non_blocking=True), with_grad.to(device, non_blocking=True)
         return self._active[1:]
+
+
+def _has_entry(state: Any) -> bool:
+    return isinstance(state, Mapping) and SUM in state and STEP in state

@@ -271,6 +271,11 @@ class WeightDecaySchedule:
 
     # State
 
+    def settle(self) -> None:
+        """Finish a deferred clipping, and let all groups hold what belongs into them: before the optimizer is copied."""
+        self.blocks.clipping.settle()
+        self._complete_groups()
+
     def use(self, blocks: Blocks) -> None:
         """Take the squared norms of the gradient from `blocks` from now on (an engine does so when it is attached)."""
         if hasattr(self, "blocks"):

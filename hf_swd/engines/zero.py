@@ -22,6 +22,7 @@ from ..core.entries import STEP, SUM
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
+from ..core.state_watch import StateWatch
 
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class ZeroBlock:
         self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
         self.group_entries = {SUM: self.running.sums[0], STEP: self.running.steps[0]}
         self.clipping = Clipping()
+        self._watch = StateWatch()
         self._in_new_step = False
         inner_step = zero_optimizer.step
 
@@ -122,18 +124,30 @@ class ZeroBlock:
         return begins
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        if loaded is None:
+        if loaded is None and not self._has_other_moments():
             return
+        total, step = self._second_moment()
         if mean.step == 0:
-            total, step = self._second_moment()
             mean.step = torch.tensor(step, dtype=torch.float64)
-        elif SUM in loaded:
-            total, step = float(loaded[SUM]), float(loaded[STEP])
-        else:  # a checkpoint of hf_swd 0.1
-            step = float(mean.step)
-            total = float(mean.mean * mean.num_elements) * (1 - float(self.beta2()) ** step)
+        elif loaded is not None:
+            if SUM in loaded:
+                known, known_step = float(loaded[SUM]), float(loaded[STEP])
+            else:  # a checkpoint of hf_swd 0.1, or of an engine that knew every parameter
+                known_step = float(mean.step)
+                known = float(mean.mean * mean.num_elements) * (1 - float(self.beta2()) ** known_step)
+            if step in (0, known_step):  # otherwise another optimizer has made steps since
+                total, step = known, known_step
         self.running.sums.fill_(total)
         self.running.steps.fill_(step)
+
+    def write_back(self) -> None:
+        self._watch = StateWatch(*self._states())
+
+    def _has_other_moments(self) -> bool:
+        """Whether a loader that writes into the groups what a checkpoint has of them has found nothing of ours: another optimizer's."""
+        if self._watch.sees_the_same(*self._states()):
+            return False
+        return self._adam_step() != float(self.running.steps)
 
     def beta2(self) -> Tensor:
         beta2 = self._base.param_groups[0]["betas"][1]
@@ -162,9 +176,6 @@ class ZeroBlock:
             "Trainer does) instead of calling clip_grad_norm_"
         )
 
-    def write_back(self) -> None:
-        """Nothing: the entries in the groups are always those of the running sum."""
-
     def begin_anew(self) -> None:
         """Nothing: the groups tell by themselves that they were loaded."""
 
@@ -179,12 +190,17 @@ class ZeroBlock:
         """Sum of Adam's second moment over all ranks, and its number of steps: (0, 0) before the first."""
         import torch.distributed as dist
 
-        states = [state for state in self._base.state.values() if isinstance(state.get("exp_avg_sq"), Tensor)]
-        local = [sum(float(s["exp_avg_sq"].sum(dtype=torch.float64)) for s in states)]
-        local.append(max((float(s["step"]) for s in states), default=0.0))
+        moments = [m for state in self._base.state.values() if isinstance(m := state.get("exp_avg_sq"), Tensor)]
+        local = sum(float(moment.sum(dtype=torch.float64)) for moment in moments), self._adam_step()
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, local)
         return math.fsum(total for total, _ in ranks), max(step for _, step in ranks)
+
+    def _adam_step(self) -> float:
+        return max((float(state.get("step", 0)) for state in self._base.state.values()), default=0.0)
+
+    def _states(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        return list(self._base.state), list(self._base.state.values())
 
     @property
     def _base(self) -> Optimizer:
@@ -219,6 +235,7 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
             decay_on_host=True,
         )
         base.register_step_pre_hook(lambda *_: schedule.before_step() and None)
+        base.register_step_post_hook(lambda *_: schedule.after_step())
     if not isinstance(schedule.blocks, ZeroBlock):
         schedule.use(ZeroBlock(zero_optimizer))
     return schedule

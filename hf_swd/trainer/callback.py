@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers.trainer_callback import TrainerCallback
 
-from ..engines.attach import attach, is_scheduled
 from ..core.schedule import schedule_of
+from ..engines.attach import attach, is_scheduled
 from . import watch
 from .optim_args import parse_optim_args
 

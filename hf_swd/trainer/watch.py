@@ -184,7 +184,6 @@ def _check_clipping(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any
         clipped, seen, enough, of_what = watch.clipped_logs, watch.logs, enough_logs, "logged steps"
     if seen < enough or clipped < _NEARLY_ALL * seen:
         return
-    group = optimizer.param_groups[0]
     reference = schedule.reference_rms if schedule.reference_steps else 1.0
     size = schedule.num_elements
     if reference > 0:
