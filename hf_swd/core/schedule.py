@@ -313,12 +313,13 @@ class WeightDecaySchedule:
     def _complete_groups(self) -> None:
         group_state.complete(self._groups, self.optimizer.defaults, self._shown)
 
+    def save_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A `state_dict` whose parameter groups have plain numbers, and the user's decay."""
+        groups = [group_state.as_saved(group, self._shown) for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
     def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **state_dict,
-            "state": self.blocks.saved_state(state_dict["state"]),
-            "param_groups": [group_state.as_saved(group, self._shown) for group in state_dict["param_groups"]],
-        }
+        return {**self.save_groups(state_dict), "state": self.blocks.saved_state(state_dict["state"])}
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._complete_groups()

@@ -80,6 +80,8 @@ def _before_any_step(optimizer: Any, args: tuple, kwargs: dict) -> None:
         schedule = schedule_of(optimizer.optim)
         if schedule is not None and schedule.process_group is None:
             schedule.use(schedule.blocks.divided(process_group=optimizer.process_group))
+            # It saves groups that it has copied from the optimizer inside, as they are in memory.
+            optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule.save_groups(state_dict))
         return
     schedule = schedule_of(optimizer)
     if schedule is None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import sys
+import weakref
 from collections.abc import Mapping
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,6 @@ from ..core.entries import STEP, SUM
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
-from ..core.state_watch import StateWatch
 
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class ZeroBlock:
         self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
         self.group_entries = {SUM: self.running.sums[0], STEP: self.running.steps[0]}
         self.clipping = Clipping()
-        self._watch = StateWatch()
+        self._moments_seen: list[weakref.ref[Tensor]] = []
         self._in_new_step = False
         inner_step = zero_optimizer.step
 
@@ -141,13 +142,14 @@ class ZeroBlock:
         self.running.steps.fill_(step)
 
     def write_back(self) -> None:
-        self._watch = StateWatch(*self._states())
+        self._moments_seen = [weakref.ref(moment) for moment in self._moments()]
 
     def _has_other_moments(self) -> bool:
-        """Whether a loader that writes into the groups what a checkpoint has of them has found nothing of ours: another optimizer's."""
-        if self._watch.sees_the_same(*self._states()):
-            return False
-        return self._adam_step() != float(self.running.steps)
+        """Whether a loader that replaces Adam's state, and in the groups what the checkpoint has, has found nothing of ours: another
+        optimizer's."""
+        moments = self._moments()
+        seen = [reference() for reference in self._moments_seen]
+        return len(seen) > 0 and not (len(seen) == len(moments) and all(map(is_, seen, moments)))
 
     def beta2(self) -> Tensor:
         beta2 = self._base.param_groups[0]["betas"][1]
@@ -190,17 +192,14 @@ class ZeroBlock:
         """Sum of Adam's second moment over all ranks, and its number of steps: (0, 0) before the first."""
         import torch.distributed as dist
 
-        moments = [m for state in self._base.state.values() if isinstance(m := state.get("exp_avg_sq"), Tensor)]
-        local = sum(float(moment.sum(dtype=torch.float64)) for moment in moments), self._adam_step()
+        steps = (float(state.get("step", 0)) for state in self._base.state.values())
+        local = sum(float(m.sum(dtype=torch.float64)) for m in self._moments()), max(steps, default=0.0)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, local)
         return math.fsum(total for total, _ in ranks), max(step for _, step in ranks)
 
-    def _adam_step(self) -> float:
-        return max((float(state.get("step", 0)) for state in self._base.state.values()), default=0.0)
-
-    def _states(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        return list(self._base.state), list(self._base.state.values())
+    def _moments(self) -> list[Tensor]:
+        return [m for state in self._base.state.values() if isinstance(m := state.get("exp_avg_sq"), Tensor)]
 
     @property
     def _base(self) -> Optimizer:

@@ -61,6 +61,7 @@ def fsdp2_resume(
 ) -> dict:
     """Go on in this number of processes, which may be another than the one that saved."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     folder = saved or str(shared_folder())
@@ -70,19 +71,15 @@ def fsdp2_resume(
     model = engines.build_fsdp2(**build)
     optimizer = build_optimizer(model, optim)  # reference_steps comes with the checkpoint
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    if (first_optim or optim) == "adamw":
-        # AdamW's groups lack the keys of AdamS, which DCP would look for in the file.
-        for key in list(optimizer_state["param_groups"][0]):
-            if key not in torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).param_groups[0]:
-                for group in optimizer_state["param_groups"]:
-                    group.pop(key, None)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    # AdamW's checkpoint has nothing of the schedule.
+    partial = (first_optim or optim) == "adamw"
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=partial))
     if bf16_states:
-        for p_state in optimizer.state.values():
+        for p_state in state["optimizer"]["state"].values():
             for key in ("exp_avg", "exp_avg_sq"):
                 p_state[key] = p_state[key].to(torch.bfloat16).to(torch.float32)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     probe = Probe(optimizer)
     engines.train(model, optimizer, clipper(model, optimizer), probe=probe, first=HALF)
     return probe.report(whole_weights(model.named_parameters()), decays_before=before)

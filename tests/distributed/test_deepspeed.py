@@ -48,7 +48,7 @@ ZERO_12, ZERO_3, BF16 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3
 )
 def test_zero(results: Results) -> None:
     check_run(results, reference())
-    check_collectives(results, [])
+    check_collectives(results, 0)
 
 
 @pytest.mark.parametrize(

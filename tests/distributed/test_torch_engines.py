@@ -29,7 +29,7 @@ Results = list[dict[str, Any]]
 )
 def test_ddp(results: Results) -> None:
     check_run(results, reference())
-    check_collectives(results, [])
+    check_collectives(results, 0)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) ->
 def test_fsdp2(results: Results, variant: Variant) -> None:
     check_run(results, reference())
     sharded = variant.kwargs.get("mesh") != [2, 1]
-    check_collectives(results, [16] if sharded else [])
+    # After clip_grad_norm_ of ours the step knows all; test_collectives.py counts both.
+    check_collectives(results, int(sharded and variant.kwargs.get("clip") != "shared"))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,8 @@ def test_fsdp2(results: Results, variant: Variant) -> None:
 )
 def test_tensor_parallel(results: Results, variant: Variant) -> None:
     check_run(results, reference())
-    check_collectives(results, [16] * (2 if variant.world == 4 else 1))
+    dims = 2 if variant.world == 4 else 1
+    check_collectives(results, 0 if variant.kwargs.get("clip") == "shared" else dims)
 
 
 @pytest.mark.parametrize(
