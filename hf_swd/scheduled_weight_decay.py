@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core.entries import STEP, SUM
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule, schedule_of
+from .core.state_entries import STEP, SUM
 from .core.validation import check_number
 
 

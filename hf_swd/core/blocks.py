@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from . import group_state
 from .clipping import Clipping
-from .entries import STEP, SUM, as_numbers
-from .grad_norm import accumulation_dtype, squared_norms, without_pending_sums
-from .moments import maximum_sums, moment_sums, second_moment
+from .grad_norm import squared_norms, without_pending_sums
+from .moments import maximum_sum, moment_sums
 from .recurrence import Measured, RunningSums, SecondMomentMean, mean_of
 from .sharding import Layout, Shard
-from .state_watch import StateWatch
+from .state_entries import NO_STATE, SUM, StateWatch, as_saved, has_entry, read, show
 
 
 if TYPE_CHECKING:
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Blocks", "ParameterBlocks"]
-
-_NO_STATE: Mapping[str, Any] = {}
-
 
 class Blocks(Protocol):
     """The blocks of one optimizer."""
@@ -122,99 +117,75 @@ class ParameterBlocks:
     # The optimizer's state
 
     def begin_anew(self) -> None:
+        self._params: list[Tensor] | None = None
         params = self._all_params()
         self._watch = StateWatch(params, self._states(params))
-        self._params: list[Tensor] | None = None
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
         states = self._states(params)
-        is_new = self._params is None
-        if is_new or not self._watch.sees_the_same(params, states):
-            had_entries = any(SUM in state for state in states)
+        has_entries, is_new = any(map(has_entry, states)), self._params is None
+        if is_new or not self._holds(params) or not self._watch.sees_the_same(params, states):
             self._read(params, states)
-        else:
-            had_entries = True
         if is_new or loaded is not None:
-            self._take_over(mean, states, had_entries)
+            self._take_over(mean, states, has_entries)
 
     def write_back(self) -> None:
-        # An optimizer takes a state that is not empty for complete: only now is it one's turn where there was none.
         state = self._optimizer.state
-        self._show([state[p] if p.grad is not None else state.get(p, _NO_STATE) for p in self._params])
+        self._show([state[p] if p.grad is not None else state.get(p, NO_STATE) for p in self._params])
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        params = self._all_params()
-        states = self._states(params)
-        outdated = {id(self._optimizer.state[p]) for p in self._watch.outdated(params, states)}
-        # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
-        hidden = any(p in self._shards for p in params)
-        saved = {k: dict(v) if _has_entry(v) else v for k, v in state.items()}
-        shown = [key for key, values in saved.items() if values is not state[key]]
-        for name in (SUM, STEP):
-            numbers = as_numbers([saved[key].pop(name) for key in shown])
-            for key, number in zip(shown, numbers, strict=True):
-                if not hidden and id(state[key]) not in outdated:
-                    saved[key][name] = number
-        return saved
-
-    def _show(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Put sum and steps of each parameter into its state, where there is one: views of the vectors, which follow them as long as
-        these are changed in place."""
-        if self._views[0] is not self.running.sums:
-            views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
-            self._views = self.running.sums, list(zip(*views, strict=True))
-        for state, (total, step) in zip(states, self._views[1], strict=True):
-            if state is not _NO_STATE and state.get(SUM) is not total:
-                state[SUM], state[STEP] = total, step
-        self._watch = StateWatch(self._params, states)
+        outdated = set()
+        for p in self._all_params():
+            p_state = self._optimizer.state.get(p, NO_STATE)
+            # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
+            if p in self._shards or self._watch.is_outdated(p, p_state):
+                outdated.add(id(p_state))
+        return as_saved(state, outdated)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+        """The state of each parameter. (An optimizer takes a state that is not empty for complete: an empty one is not written to.)"""
         state = self._optimizer.state
-        return [state.get(p, _NO_STATE) for p in params]
+        return [state.get(p) or NO_STATE for p in params]
+
+    def _holds(self, params: Sequence[Tensor]) -> bool:
+        return self._params is not None and len(params) == len(self._params) and all(map(is_, params, self._params))
 
     def _read(self, params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
-        """Take the sums from the entries, and where these are missing, zero, not finite or not of Adam's step, from Adam's moments."""
-        outdated = self._watch.outdated(params, states)
-        with_entry = [
-            i
-            for i, (p, state) in enumerate(zip(params, states, strict=True))
-            # A checkpoint's number is of the whole parameter.
-            if _has_entry(state) and p not in outdated and (p not in self._shards or isinstance(state[SUM], Tensor))
-        ]
-        sums, steps = ([0.0] * len(params) for _ in range(2))
-        for key, numbers in ((SUM, sums), (STEP, steps)):
-            for i, number in zip(with_entry, as_numbers([states[i][key] for i in with_entry]), strict=True):
-                numbers[i] = number
-        rebuilt: dict[int, Tensor] = {}
-        for i, state in enumerate(states):
-            moment = second_moment(state)
-            if moment is not None:
-                adam_step = float(state["step"])
-                if steps[i] != adam_step or not 0 < sums[i] < math.inf:
-                    rebuilt[i], steps[i] = moment, adam_step
-        device = params[0].device if params else torch.device("cpu")
-        dtype = accumulation_dtype(device)
-        if self._params is None or len(params) != len(self._params) or not all(map(is_, params, self._params)):
+        if not self._holds(params):
             self.clipping.settle()  # what is known of the gradients is known by position
+        is_trusted = [
+            # Of a shard, a number from a checkpoint would be of the whole parameter.
+            not self._watch.is_outdated(p, state) and (p not in self._shards or isinstance(state.get(SUM), Tensor))
+            for p, state in zip(params, states, strict=True)
+        ]
+        numbers = read(states, is_trusted)
         self._params = params
         self._layout = Layout(params, self._shards, self.process_group)
-        self._beta2: tuple[list, Tensor] | None = None
-        self._active: tuple[list[int], Tensor, Tensor] | None = None
-        local, theirs = (torch.tensor(numbers, dtype=dtype).to(device) for numbers in (sums, steps))
-        if rebuilt:
-            local[list(rebuilt)] = 0.0
-            parts = torch.zeros_like(local)
-            parts[list(rebuilt)] = moment_sums(list(rebuilt.values())).to(local)
-            local += self._layout.of_whole_parameters(parts.unsqueeze(1)).squeeze(1)
-        self.running = RunningSums(local, theirs, self._layout.counts)
+        counts = self._layout.counts
+        sums, steps = (torch.tensor(vector, dtype=counts.dtype).to(counts.device) for vector in numbers[:2])
+        if moments := numbers[2]:
+            parts = torch.zeros_like(sums)
+            parts[list(moments)] = moment_sums(list(moments.values())).to(sums)
+            sums += self._layout.of_whole_parameters(parts.unsqueeze(1)).squeeze(1)
+        self.running = RunningSums(sums, steps, counts)
         self._views: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
+        self._beta2: tuple[list, Tensor] | None = None
+        self._index: tuple[list[int], Tensor] | None = None
         self._show(states)
 
-    def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], had_entries: bool) -> None:
+    def _show(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Let the states hold views of the vectors, which follow them as long as these are changed in place."""
+        if self._views[0] is not self.running.sums:
+            views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
+            self._views = self.running.sums, list(zip(*views, strict=True))
+        show(states, self._views[1])
+        self._watch = StateWatch(self._params, states)
+
+    def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], has_entries: bool) -> None:
         """
         Bring numbers of the model that have just been loaded, and the sums, together.
 
@@ -223,7 +194,7 @@ class ParameterBlocks:
         """
         running, groups = self.running, self._optimizer.param_groups
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
-        entries = torch.full_like(running.counts, had_entries).unsqueeze(1)
+        entries = torch.full_like(running.counts, has_entries).unsqueeze(1)
         if mean.step == 0:
             has_moments = self.total(running.sums.unsqueeze(1)).squeeze(0) > 0
             mean.step = torch.where(has_moments, last_step, 0.0)
@@ -311,36 +282,24 @@ class ParameterBlocks:
         return grads, positions
 
     def _of_whole_parameters(self, squares: Tensor, positions: list[int]) -> Measured:
-        squares, with_grad = squares.to(self.running.sums), None
+        found = torch.stack([squares, torch.ones_like(squares)], dim=1).to(self.running.sums)
+        is_known = not self._layout.has_meshes  # ranks may differ in which parameters have a gradient
         if len(positions) < len(self._params):
-            index, with_grad = self._activity(positions)
-            squares = torch.zeros_like(self.running.sums).index_copy(0, index, squares)
-        if self._layout.has_meshes:
-            # Ranks may differ in which parameters have a gradient.
-            flags = torch.ones_like(squares) if with_grad is None else with_grad.to(squares)
-            squares, flags = self._layout.of_whole_parameters(torch.stack([squares, flags], dim=1)).unbind(1)
-            with_grad = flags > 0
-        return Measured(squares, with_grad)
+            is_known = False
+            if self._index is None or self._index[0] != positions:
+                self._index = positions, torch.tensor(positions, dtype=torch.long).to(found.device, non_blocking=True)
+            found = found.new_zeros(len(self._params), 2).index_copy(0, self._index[1], found)
+        squares, flags = self._layout.of_whole_parameters(found).unbind(1)
+        return Measured(squares, None if is_known else flags > 0)
 
     def _maxima(self, grad_scale: Tensor | None) -> Tensor:
         """What AMSGrad's maxima add up to. As a lower bound, since in float16 they underflow to 0."""
-        groups = self._optimizer.param_groups
-        beta2s = [group["betas"][1] for group in groups]
-        found = maximum_sums(self._optimizer, beta2s, grad_scale)
         zero = self.running.sums.new_zeros(())
-        maxima = torch.stack([found.get(i, zero).to(zero) for i in range(len(self._params))])
-        return self._layout.of_whole_parameters(maxima.unsqueeze(1)).squeeze(1)
-
-    def _activity(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Index and mask, on the device, of the parameters that have a gradient."""
-        if self._active is None or self._active[0] != positions:
-            device = self.running.sums.device
-            with_grad = torch.zeros(len(self._params), dtype=torch.bool)
-            with_grad[positions] = True
-            index = torch.tensor(positions, dtype=torch.long)
-            self._active = positions, index.to(device, non_blocking=True), with_grad.to(device, non_blocking=True)
-        return self._active[1:]
-
-
-def _has_entry(state: Any) -> bool:
-    return isinstance(state, Mapping) and SUM in state and STEP in state
+        maxima = [
+            maximum_sum(p, self._optimizer.state.get(p, NO_STATE), group["betas"][1], grad_scale).to(zero)
+            if group.get("amsgrad") and p.grad is not None
+            else zero
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        ]
+        return self._layout.of_whole_parameters(torch.stack(maxima).unsqueeze(1)).squeeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,7 @@ from torch import Tensor
 from .grad_norm import local_part, real_view, sums
 
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-
-__all__ = ["maximum_sums", "moment_sums", "second_moment"]
+__all__ = ["maximum_sum", "moment_sums", "second_moment"]
 
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | None:
@@ -30,33 +26,27 @@ def moment_sums(moments: Sequence[Tensor]) -> Tensor:
     return sums([_dequantized(local_part(moment)) for moment in moments])
 
 
-def maximum_sums(
-    optimizer: Optimizer, beta2s: Sequence[float | Tensor], grad_scale: Tensor | None
-) -> dict[int, Tensor]:
+def maximum_sum(
+    p: Tensor, state: Mapping[str, Any], beta2: float | Tensor, grad_scale: Tensor | None = None
+) -> Tensor:
     """
-    Sum of the maximum that AMSGrad will divide by in the coming step, for each parameter (by position) that has a gradient.
+    Sum of the maximum that AMSGrad will divide by in the coming step of a parameter (of a DTensor, over the part that is here).
 
     Args:
-        optimizer: its groups with `amsgrad` are looked at.
-        beta2s: decay rate of the moment in each group.
+        p: the parameter, with a gradient.
+        state: the optimizer's state of it.
+        beta2: decay rate of the moment.
         grad_scale: what the gradients are to be divided by, if anything.
     """
-    found: dict[int, Tensor] = {}
-    position = 0
-    for group, beta2 in zip(optimizer.param_groups, beta2s, strict=True):
-        for p in group["params"]:
-            if group.get("amsgrad") and p.grad is not None:
-                grad = real_view(local_part(p.grad if grad_scale is None else p.grad / grad_scale))
-                second = (1 - beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
-                state = optimizer.state.get(p, {})
-                if "exp_avg_sq" in state:
-                    moment, maximum = (real_view(local_part(state[key])) for key in ("exp_avg_sq", "max_exp_avg_sq"))
-                    if torch.is_grad_enabled():  # the step will change it in place
-                        maximum = maximum.clone()
-                    second = torch.maximum(maximum, beta2 * moment + second)
-                found[position] = sums([second])[0]
-            position += 1
-    return found
+    grad = real_view(local_part(p.grad if grad_scale is None else p.grad / grad_scale))
+    # Squares of small half-precision numbers underflow.
+    second = (1 - beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+    if "exp_avg_sq" in state:
+        moment, maximum = (real_view(local_part(state[key])) for key in ("exp_avg_sq", "max_exp_avg_sq"))
+        if torch.is_grad_enabled():  # the step will change it in place
+            maximum = maximum.clone()
+        second = torch.maximum(maximum, beta2 * moment + second)
+    return sums([second])[0]
 
 
 def _dequantized(moment: Tensor) -> Tensor:

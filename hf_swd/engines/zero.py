@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..core import group_state
 from ..core.clipping import Clipping
-from ..core.entries import STEP, SUM
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
+from ..core.state_entries import STEP, SUM
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,105 @@
+"""The running sums where torch keeps what belongs to a parameter: `optimizer.state[p]`.
+
+| key | in memory | in a checkpoint |
+|---|---|---|
+| `second_moment_sum` | 0-d float64 tensor, a view of the vector that the schedule computes with | number: the sum of the second moment over the whole parameter |
+| `second_moment_step` | likewise | number: the steps in it, Adam's own `step` at that time |
+
+A sum counts only if its step is Adam's; otherwise somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .moments import second_moment
+
+
+__all__ = ["NO_STATE", "STEP", "SUM", "StateWatch", "as_saved", "has_entry", "read", "show"]
+
+SUM = "second_moment_sum"
+STEP = "second_moment_step"
+
+State = Mapping[str, Any]
+NO_STATE: State = MappingProxyType({})
+
+
+def has_entry(state: Any) -> bool:
+    return isinstance(state, Mapping) and SUM in state and STEP in state
+
+
+def read(states: Sequence[State], is_trusted: Sequence[bool]) -> tuple[list[float], list[float], dict[int, Tensor]]:
+    """Sum and steps of each parameter; and, by position, the moments that have yet to be summed up for those whose entry is missing, zero,
+    not finite, not of Adam's step, or not trusted."""
+    sums, steps = ([0.0] * len(states) for _ in range(2))
+    entries = [i for i, state in enumerate(states) if is_trusted[i] and has_entry(state)]
+    for key, numbers in ((SUM, sums), (STEP, steps)):
+        for i, number in zip(entries, _numbers([states[i][key] for i in entries]), strict=True):
+            numbers[i] = number
+    moments: dict[int, Tensor] = {}
+    for i, state in enumerate(states):
+        moment = second_moment(state)
+        if moment is not None:
+            adam_step = float(state["step"])
+            if steps[i] != adam_step or not 0 < sums[i] < math.inf:
+                sums[i], steps[i], moments[i] = 0.0, adam_step, moment
+    return sums, steps, moments
+
+
+def show(states: Sequence[State], views: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Put sum and steps into the states."""
+    for state, (total, step) in zip(states, views, strict=True):
+        if state.get(SUM) is not total and state is not NO_STATE:
+            state[SUM], state[STEP] = total, step
+
+
+def as_saved(state: Mapping[Any, Any], outdated: Collection[int]) -> dict[Any, Any]:
+    """The state of a `state_dict` with numbers, and without the entries of the states whose `id` is in `outdated`."""
+    saved = {key: dict(values) if has_entry(values) else values for key, values in state.items()}
+    entries = [key for key, values in saved.items() if values is not state[key]]
+    for name in (SUM, STEP):
+        for key, number in zip(entries, _numbers([saved[key].pop(name) for key in entries]), strict=True):
+            if id(state[key]) not in outdated:
+                saved[key][name] = number
+    return saved
+
+
+class StateWatch:
+    """Notices whether someone else than the optimizer's step has changed moments, step counts or sums since this was made."""
+
+    def __init__(self, params: Sequence[Tensor] = (), states: Sequence[State] = ()) -> None:
+        self._marks = dict(zip(params, map(_mark, states), strict=True))
+
+    def sees_the_same(self, params: Sequence[Tensor], states: Sequence[State]) -> bool:
+        return len(params) == len(self._marks) and all(
+            p in self._marks and _same(self._marks[p], _mark(state)) for p, state in zip(params, states, strict=True)
+        )
+
+    def is_outdated(self, p: Tensor, state: State) -> bool:
+        """Whether the moment or the step count has changed, but not the sum beside it."""
+        before, now = self._marks.get(p), _mark(state)
+        return before is not None and before[0] is now[0] is not None and not _same(before, now)
+
+
+def _mark(state: State) -> tuple:
+    moment, step = state.get("exp_avg_sq"), state.get("step")
+    return state.get(SUM), moment, step, getattr(moment, "_version", 0), getattr(step, "_version", 0)
+
+
+def _same(before: tuple, now: tuple) -> bool:
+    return before[0] is now[0] and before[1] is now[1] and before[2] is now[2] and before[3:] == now[3:]
+
+
+def _numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """Each value (a number or a 0-d tensor) as a number; the host waits for an accelerator once."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return list(map(float, values))
+    known = iter(torch.stack([tensor.to(tensors[0].device, torch.float64) for tensor in tensors]).tolist())
+    return [next(known) if isinstance(value, Tensor) else float(value) for value in values]
