@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocks", "ParameterBlocks"]
 
+
 class Blocks(Protocol):
-    """The blocks of one optimizer."""
+    """What the schedule asks of whoever tells it the squared norm of the whole gradient."""
 
     running: RunningSums
     clipping: Clipping
     group_entries: Mapping[str, Tensor]
-    """What is to be shown in the parameter groups, beside the numbers of the whole model."""
+    """What the parameter groups hold beside the numbers of the whole model."""
 
     def begins_step(self) -> bool:
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        """Make the running sums those of the optimizer's state as it is now. `loaded`: the group whose numbers have just become `mean`, if
-        they came from elsewhere."""
+        """Make the running sums those of the optimizer's state as it is now. `loaded`: the group that `mean` has just been taken from."""
 
     def beta2(self) -> Tensor:
         """Decay rate of each block's moment, shape `(blocks,)`."""
@@ -59,13 +59,13 @@ class Blocks(Protocol):
         """Clip the gradients to a total norm, and return what it was: 0-d."""
 
     def write_back(self) -> None:
-        """After the step: show the running sums in the optimizer's state."""
+        """After the step: let the optimizer's state hold the running sums."""
 
     def begin_anew(self) -> None:
-        """After a checkpoint was loaded: what is known of the state no longer holds."""
+        """A checkpoint was loaded: what is known of the state no longer holds."""
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The state of a `state_dict` with plain numbers for the entries."""
+        """The state of a `state_dict` with plain numbers."""
 
 
 class ParameterBlocks:
@@ -209,7 +209,8 @@ class ParameterBlocks:
             elif unclipped or (
                 last_step == mean.step
                 and num_elements == mean.num_elements
-                and known.isfinite() and known > 0
+                and known.isfinite()
+                and known > 0
                 and not any(group.get("amsgrad") for group in groups)
             ):
                 running.sums.mul_(mean.mean / known)

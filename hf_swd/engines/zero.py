@@ -7,6 +7,7 @@ model is one block, whose running sum lies in the parameter groups.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import sys
@@ -23,7 +24,8 @@ from ..core.clipping import Clipping
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
-from ..core.state_entries import STEP, SUM
+from ..core.state_entries import STEP, SUM, as_saved
+from ..scheduled_weight_decay import ScheduledWeightDecay
 
 
 if TYPE_CHECKING:
@@ -182,11 +184,8 @@ class ZeroBlock:
         """Nothing: the groups tell by themselves that they were loaded."""
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Without the sums of flat partitions, which mean nothing: they are from before the engine was attached."""
-        return {
-            key: {k: v for k, v in values.items() if k not in (SUM, STEP)} if isinstance(values, dict) else values
-            for key, values in state.items()
-        }
+        # Sums of flat partitions, from before the engine was attached, mean nothing.
+        return as_saved(state, set(map(id, state.values())))
 
     def _second_moment(self) -> tuple[float, float]:
         """Sum of Adam's second moment over all ranks, and its number of steps: (0, 0) before the first."""
@@ -227,14 +226,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
             raise RuntimeError(
                 f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given adam_w_mode=True"
             )
-        schedule = WeightDecaySchedule(
-            base,
-            reference_steps=group_state.read(base.param_groups, "reference_steps"),
-            unclipped_norm=bool(group_state.read(base.param_groups, "unclipped_norm")),
-            decay_on_host=True,
-        )
-        base.register_step_pre_hook(lambda *_: schedule.before_step() and None)
-        base.register_step_post_hook(lambda *_: schedule.after_step())
+        options = {key: group_state.read(base.param_groups, key) for key in group_state.OPTIONS}
+        schedule = ScheduledWeightDecay(base, **options)
     if not isinstance(schedule.blocks, ZeroBlock):
         schedule.use(ZeroBlock(zero_optimizer))
     return schedule
@@ -254,28 +247,34 @@ def refuse_replacement(optimizer: Optimizer) -> None:
 
 def _refuse(zero_optimizer: Any) -> None:
     """What cannot be made right stops here, before the first step."""
-    betas = {tuple(map(float, group["betas"])) for group in zero_optimizer.optimizer.param_groups if "betas" in group}
-    reasons = {
-        "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same": len(betas)
-        > 1,
-        "expert-parallel parameters, whose norm is another on each rank: use FSDP2 or a dense model": getattr(
-            zero_optimizer, "has_moe_layers", False
+    groups = zero_optimizer.optimizer.param_groups
+    read = functools.partial(getattr, zero_optimizer)
+    reasons = [
+        (
+            len({tuple(map(float, group["betas"])) for group in groups if "betas" in group}) > 1,
+            "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same",
         ),
-        "zero_optimization.compute_grad_norm=false: leave it at true": getattr(
-            zero_optimizer, "compute_grad_norm", True
-        )
-        is False,
-        "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out": bool(
-            getattr(zero_optimizer, "zenflow", False)
+        (
+            read("has_moe_layers", False),
+            "expert-parallel parameters, whose norm is another on each rank: use FSDP2 or a dense model",
         ),
-        "offload_optimizer.ratio below 1, which adds a second optimizer: set it to 1": getattr(
-            zero_optimizer, "backup_optimizer", None
-        )
-        is not None,
-        "AMSGrad, which needs every single gradient: set amsgrad=False": any(
-            group.get("amsgrad") for group in zero_optimizer.optimizer.param_groups
+        (
+            read("compute_grad_norm", True) is False,
+            "zero_optimization.compute_grad_norm=false: leave it at true",
         ),
-    }
-    found = [reason for reason, holds in reasons.items() if holds]
+        (
+            read("zenflow", False),
+            "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out",
+        ),
+        (
+            read("backup_optimizer", None) is not None,
+            "offload_optimizer.ratio below 1, which adds a second optimizer: set it to 1",
+        ),
+        (
+            any(group.get("amsgrad") for group in groups),
+            "AMSGrad, which needs every single gradient: set amsgrad=False",
+        ),
+    ]
+    found = [reason for holds, reason in reasons if holds]
     if found:
         raise RuntimeError("scheduled weight decay cannot run with " + "; nor with ".join(found))

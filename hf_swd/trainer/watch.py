@@ -172,7 +172,9 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
         )
 
 
-def _check_clipping(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, max_norm: float, enough_logs: int) -> None:
+def _check_clipping(
+    watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, max_norm: float, enough_logs: int
+) -> None:
     if not watch.looks_for("clipping"):
         return
     user_decay = largest(optimizer, "initial_weight_decay")

@@ -107,6 +107,7 @@ INSIDES = {
     "engines.fsdp1": r"_fsdp_flattened|_flat_param|flat_param|_shard_param_infos|_shard_numel_padded|_use_orig_params",
 }
 
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

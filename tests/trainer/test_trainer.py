@@ -362,7 +362,11 @@ def test_swd_trainer_with_two_processes(tmp_path):
         "torch.save(result, f'{sys.argv[1]}/{trainer.args.process_index}.pt')\n"
     )
     path = os.pathsep.join(
-        [str(Path(__file__).parents[1] / "support"), str(Path(hf_swd.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        [
+            str(Path(__file__).parents[1] / "support"),
+            str(Path(hf_swd.__file__).parents[1]),
+            os.environ.get("PYTHONPATH", ""),
+        ]
     )
     command = [
         sys.executable,
