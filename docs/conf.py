@@ -1,4 +1,5 @@
-"""Sphinx: `sphinx-build -W docs build/docs`. The reference comes from the docstrings, which are in Markdown, as in transformers."""
+"""Sphinx: `sphinx-build -W docs build/docs`. The reference comes from the docstrings, which are in Markdown, as in
+transformers."""
 
 import re
 import sys

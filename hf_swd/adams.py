@@ -42,44 +42,47 @@ class AdamS(torch.optim.AdamW):
         v_bar = mean of v / (1 - beta2^t) over every element of every parameter that has a gradient
         theta <- (1 - lr * weight_decay / sqrt(v_bar)) theta - lr * m_hat / (sqrt(v_hat) + eps)
 
-    `v_bar` is one number for the whole model, whatever the parameter groups. `group["weight_decay"]` shows the effective decay
-    (`weight_decay / sqrt(v_bar)`) of the last step, `group["initial_weight_decay"]` the user's value; a value that is assigned to
-    `group["weight_decay"]` between steps becomes the user's value. The decay never exceeds 1/lr. Groups with `weight_decay=0` are
-    plain Adam, bit for bit.
+    `v_bar` is one number for the whole model, whatever the parameter groups. `group["weight_decay"]` shows the
+    effective decay (`weight_decay / sqrt(v_bar)`) of the last step, `group["initial_weight_decay"]` the user's value;
+    a value that is assigned to `group["weight_decay"]` between steps becomes the user's value. The decay never exceeds
+    1/lr. Groups with `weight_decay=0` are plain Adam, bit for bit.
 
     Args:
-        params (iterable): parameters, named parameters or dicts of parameter groups; real or complex, any floating dtype.
+        params (iterable): parameters, named parameters or dicts of parameter groups; real or complex, any floating
+        dtype.
         lr (`float` or 1-element `Tensor`, defaults to 1e-3): learning rate, at least 0.
         betas (`tuple[float, float]`, defaults to (0.9, 0.999)): decay rates of the moments, in [0, 1).
         eps (`float`, defaults to 1e-8): term added to the denominator, at least 0.
-        weight_decay (`float`, defaults to 5e-4): lambda, at least 0. Without `reference_steps` it is in units of sqrt(v_bar), which
-            depends on the model: AdamW's value does not carry over.
+        weight_decay (`float`, defaults to 5e-4): lambda, at least 0. Without `reference_steps` it is in units of
+            sqrt(v_bar), which depends on the model: AdamW's value does not carry over.
         amsgrad (`bool`, defaults to `False`): use the maximum of v instead of v (also in v_bar; a slower path).
-        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` its meaning in AdamW: it is the effective decay up to step
-            K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
-        unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by the same moving
-            average, instead of from Adam's moments. Every step must then be clipped by [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by
-            DeepSpeed ZeRO. For training in which most steps are clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
-        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is then the mean
-            over all of them (one all-reduce a step). Not for replicas (DDP), which need nothing.
+        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` its meaning in AdamW: it is the effective
+            decay up to step K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
+        unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by
+            the same moving average, instead of from Adam's moments. Every step must then be clipped by
+            [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by DeepSpeed ZeRO. For training in which most steps are
+            clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
+        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is
+            then the mean over all of them (one all-reduce a step). Not for replicas (DDP), which need nothing.
         maximize (`bool`, defaults to `False`): go along the gradient instead of against it.
         foreach (`bool`, *optional*): multi-tensor implementation of torch.
         capturable (`bool`, defaults to `False`): allow capture of `step()` in a CUDA graph.
         differentiable (`bool`, defaults to `False`): let gradients flow through `step()`.
-        fused (`bool`, *optional*): torch's fused kernel. By default it is used wherever it exists (floating-point parameters on
-            CPU, CUDA, MPS, XPU), else torch's own default.
+        fused (`bool`, *optional*): torch's fused kernel. By default it is used wherever it exists (floating-point
+            parameters on CPU, CUDA, MPS, XPU), else torch's own default.
 
     Raises:
         TypeError, ValueError: an argument, or an option of a parameter group, has a wrong type or is out of range.
-        RuntimeError: from `step()`, before any weight changes: a gradient is sparse; with `unclipped_norm` the norm before clipping is
+        RuntimeError: from `step()`, before any weight changes: a gradient is sparse; with `unclipped_norm` the norm
+        before clipping is
             not known.
 
     Example:
 
     ```python
     optimizer = AdamS(model.parameters(), lr=1e-3, weight_decay=5e-4)  # the paper's setting, from scratch
-    optimizer = AdamS(model.parameters(), lr=2e-5, weight_decay=0.01, reference_steps=100)  # fine-tuning, AdamW's units
-    ```
+    optimizer = AdamS(model.parameters(), lr=2e-5, weight_decay=0.01, reference_steps=100)  # fine-tuning, AdamW's
+    units ```
 
     References: Xie, Xu, Zhang, Sato, Sugiyama, *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
     Gradient-Norm Perspective*, NeurIPS 2023, arXiv 2011.11152. (Not the AdamS of 2025, another optimizer.)
@@ -137,15 +140,17 @@ class AdamS(torch.optim.AdamW):
 
         Args:
             max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
-            defer (`bool`, defaults to `False`): leave the gradients as they are and scale them in `step()`, where torch's fused kernel does
-                so on the way: a pass over them less. Until then `p.grad` is not clipped, and must not be changed.
+            defer (`bool`, defaults to `False`): leave the gradients as they are and scale them in `step()`, where
+                torch's fused kernel does so on the way: a pass over them less. Until then `p.grad` is not clipped, and
+                must not be changed.
 
         Returns:
             `Tensor`: 0-d float32, the norm before clipping, of all shards.
 
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
-            RuntimeError: under DeepSpeed ZeRO, which clips by itself; from `step()`, before any weight changes: gradients were changed after a
+            RuntimeError: under DeepSpeed ZeRO, which clips by itself; from `step()`, before any weight changes:
+            gradients were changed after a
                 deferred clipping.
         """
         # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
@@ -156,7 +161,7 @@ class AdamS(torch.optim.AdamW):
         check_options(param_group)
         super().add_param_group(param_group)
 
-    @torch._disable_dynamo  # inside a compiled function, too, the step runs as it is: torch's kernels have nothing to gain
+    @torch._disable_dynamo  # a compiled function runs the step as it is: torch's kernels have nothing to gain
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
@@ -255,7 +260,8 @@ class AdamS(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         if self._decay_schedule.process_group is not None:
             raise RuntimeError(
-                "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's state_dict()"
+                "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's "
+                "state_dict()"
             )
         self._decay_schedule.settle()
         state = super().__getstate__()
@@ -273,7 +279,8 @@ def create_adams(
     model: nn.Module, *, lr: float | Tensor = 1e-3, weight_decay: float = 5e-4, **adams_kwargs: Any
 ) -> AdamS:
     """
-    AdamS over the trainable parameters of a model, with the Trainer's two groups: decay, and none for biases and norms.
+    AdamS over the trainable parameters of a model, with the Trainer's two groups: decay, and none for biases and
+    norms.
 
     Args:
         model (`nn.Module`): its parameters with `requires_grad` are optimized.

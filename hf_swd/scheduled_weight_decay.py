@@ -25,26 +25,31 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     """
     Scheduled weight decay for any torch optimizer with decoupled weight decay.
 
-    At every `optimizer.step()` it writes `initial_weight_decay / sqrt(mean second moment)` into `group["weight_decay"]`, which the
-    optimizer then applies as its own: `theta <- (1 - lr * weight_decay) theta`. The user's value is kept in
-    `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps becomes the user's value. The state
-    travels in the parameter groups with the optimizer's own `state_dict()`; [`state_dict`] here adds what only optimizers without a
-    second moment need for parameters that do not get a gradient at every step.
+    At every `optimizer.step()` it writes `initial_weight_decay / sqrt(mean second moment)` into
+    `group["weight_decay"]`, which the optimizer then applies as its own: `theta <- (1 - lr * weight_decay) theta`. The
+    user's value is kept in `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps
+    becomes the user's value. The state travels in the parameter groups with the optimizer's own `state_dict()`;
+    [`state_dict`] here adds what only optimizers without a second moment need for parameters that do not get a
+    gradient at every step.
 
-    On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does not).
-    A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
+    On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does
+    not). A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): AdamW, NAdam or RAdam with `decoupled_weight_decay=True`, 8-bit AdamW, Lion ...; a
-            wrapper that keeps it in `.optimizer` is looked through.
-        beta2 (`float`, *optional*, in [0, 1)): decay rate of the mean second moment; by default `betas[1]` of each group.
-        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` the meaning that it has in AdamW: it is applied as it is
-            up to step K, and scheduled relative to the gradients of step K from then on. 0 is the paper's schedule.
-        unclipped_norm (`bool`, defaults to `False`): schedule by the norm that gradients had before clipping, as [`AdamS`] explains.
+        optimizer (`torch.optim.Optimizer`): AdamW, NAdam or RAdam with `decoupled_weight_decay=True`, 8-bit AdamW,
+            Lion ...; a wrapper that keeps it in `.optimizer` is looked through.
+        beta2 (`float`, *optional*, in [0, 1)): decay rate of the mean second moment; by default `betas[1]` of each
+            group.
+        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` the meaning that it has in AdamW: it is
+            applied as it is up to step K, and scheduled relative to the gradients of step K from then on. 0 is the
+            paper's schedule.
+        unclipped_norm (`bool`, defaults to `False`): schedule by the norm that gradients had before clipping, as
+            [`AdamS`] explains.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; the optimizer's decay is not decoupled (an L2 penalty), or it has a
+        TypeError, ValueError: an argument is out of range; the optimizer's decay is not decoupled (an L2 penalty), or
+        it has a
             schedule already.
 
     Example:
@@ -97,9 +102,9 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizer's own `state_dict()` holds of the schedule: `schedule_step` and `reference_steps` (int), `unclipped_norm` (bool),
-        `second_moment_mean`, `num_elements` and `reference_rms` (float), `sums` and `steps` (float64 tensors of shape
-        `(number of parameters,)`)."""
+        """What the optimizer's own `state_dict()` holds of the schedule: `schedule_step` and `reference_steps` (int),
+        `unclipped_norm` (bool), `second_moment_mean`, `num_elements` and `reference_rms` (float), `sums` and `steps`
+        (float64 tensors of shape `(number of parameters,)`)."""
         state_dict = self.optimizer.state_dict()
         group = state_dict["param_groups"][0]
         states = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
@@ -162,6 +167,7 @@ def _check_decoupled(optimizer: Optimizer) -> None:
         known = type(optimizer).__module__.startswith("torch.optim") and name not in ("AdamW", "Muon", "Adafactor")
         if decoupled is False or (decoupled is None and known):
             raise ValueError(
-                f"optimizer={name}: its weight_decay is an L2 penalty, added to the gradient, and scheduled weight decay needs "
-                "decoupled decay: use torch.optim.AdamW, or decoupled_weight_decay=True where the optimizer has it"
+                f"optimizer={name}: its weight_decay is an L2 penalty, added to the gradient, and scheduled weight "
+                "decay needs decoupled decay: use torch.optim.AdamW, or decoupled_weight_decay=True where the "
+                "optimizer has it"
             )

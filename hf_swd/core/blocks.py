@@ -1,7 +1,7 @@
 """What the recurrence runs over, and who tells it the squared norm of the gradient.
 
-[`Blocks`] is the seam: the parameters themselves ([`ParameterBlocks`]), or an engine that knows the norm of the whole model
-(`engines/zero.py`). The schedule knows nothing else of parameters.
+[`Blocks`] is the seam: the parameters themselves ([`ParameterBlocks`]), or an engine that knows the norm of the whole
+model (`engines/zero.py`). The schedule knows nothing else of parameters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Blocks(Protocol):
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        """Make the running sums those of the optimizer's state as it is now. `loaded`: the group that `mean` has just been taken from."""
+        """Make the running sums those of the optimizer's state as it is now. `loaded`: the group that `mean` has just
+        been taken from."""
 
     def beta2(self) -> Tensor:
         """Decay rate of each block's moment, shape `(blocks,)`."""
@@ -147,7 +148,8 @@ class ParameterBlocks:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
-        """The state of each parameter. (An optimizer takes a state that is not empty for complete: an empty one is not written to.)"""
+        """The state of each parameter. (An optimizer takes a state that is not empty for complete: an empty one is not
+        written to.)"""
         state = self._optimizer.state
         return [state.get(p) or NO_STATE for p in params]
 
@@ -189,8 +191,9 @@ class ParameterBlocks:
         """
         Bring numbers of the model that have just been loaded, and the sums, together.
 
-        After another optimizer's moments, its steps count. Where a checkpoint has the mean but no sums (FSDP1; hf_swd 0.1), sums rebuilt
-        from moments of low precision are less than the truth; by how much is known if the mean was over all of them.
+        After another optimizer's moments, its steps count. Where a checkpoint has the mean but no sums (FSDP1; hf_swd
+        0.1), sums rebuilt from moments of low precision are less than the truth; by how much is known if the mean was
+        over all of them.
         """
         running, groups = self.running, self._optimizer.param_groups
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
@@ -247,9 +250,9 @@ class ParameterBlocks:
             measured = self._of_whole_parameters(squared_norms(grads), positions)
             if unclipped and measured.squares.any():
                 raise RuntimeError(
-                    "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. Clip with "
-                    "clip_grad_norm_ of the optimizer (or of its schedule) after the last change to the gradients, as SWDTrainer does; "
-                    "where nothing is clipped, leave unclipped_norm out"
+                    "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. "
+                    "Clip with clip_grad_norm_ of the optimizer (or of its schedule) after the last change to the "
+                    "gradients, as SWDTrainer does; where nothing is clipped, leave unclipped_norm out"
                 )
         optimizer = self._optimizer
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
@@ -273,8 +276,8 @@ class ParameterBlocks:
                 continue
             if grad.is_sparse:
                 raise RuntimeError(
-                    f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay needs dense gradients: "
-                    "use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
+                    f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay "
+                    "needs dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
                 )
             if type(grad) is not Tensor:
                 grad = p.grad = without_pending_sums(grad)

@@ -90,8 +90,8 @@ class Clipping:
             if last.due is None:
                 return None
             raise RuntimeError(
-                "gradients were changed or replaced between clip_grad_norm_(..., defer=True) and step(): call it after the last change, "
-                "or without defer"
+                "gradients were changed or replaced between clip_grad_norm_(..., defer=True) and step(): call it "
+                "after the last change, or without defer"
             )
         self.deferred = last.due
         return last.measured_now(grads)
@@ -116,8 +116,8 @@ class _Clipped:
         self._probed = self._probe_square(grads)
 
     def is_of(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that unscales them is not
-        noticed here; see [`measured_now`].)"""
+        """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that
+        unscales them is not noticed here; see [`measured_now`].)"""
         return (
             len(grads) == len(self._references)
             and all(reference() is grad is not None for reference, grad in zip(self._references, grads, strict=True))
@@ -125,8 +125,8 @@ class _Clipped:
         )
 
     def measured_now(self, grads: Sequence[Tensor]) -> Measured:
-        """What a step with them brings. A GradScaler may have divided all of them by its scale, which their version counters do not show:
-        the ratio of one gradient's squared norms, now and when it was clipped, does."""
+        """What a step with them brings. A GradScaler may have divided all of them by its scale, which their version
+        counters do not show: the ratio of one gradient's squared norms, now and when it was clipped, does."""
         ratio = self._probe_square(grads) / self._probed
         squares = self._measured.squares * torch.where(self._probed > 0, ratio, 1.0)
         return replace(self._measured, squares=squares)

@@ -1,7 +1,7 @@
 """Squared norms of gradients, right for any number, size and sharding of tensors, without parameter-sized temporaries.
 
-Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation loses precision with the size of the tensor
-(2.6e-3 of the squared norm for 23 million elements), and a sharded run would then differ from an unsharded one.
+Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation loses precision with the size of the
+tensor (2.6e-3 of the squared norm for 23 million elements), and a sharded run would then differ from an unsharded one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ __all__ = [
 
 HALF = (torch.float16, torch.bfloat16)
 
-# On CPU. Rounding errors of a float32 accumulation all have one sign where values are few-bit numbers (what autocast leaves in float32
-# gradients) or equal: over a row of 2^8 elements they add up to 6e-7 at most. Rows are summed in float64.
+# On CPU. Rounding errors of a float32 accumulation all have one sign where values are few-bit numbers (what autocast
+# leaves in float32 gradients) or equal: over a row of 2^8 elements they add up to 6e-7 at most. Rows are summed in
+# float64.
 _ROW = 1 << 8
 # Up to here one operator for many tensors, accumulating in float64, takes less time than one for the rows of each.
 _SHORT = 1 << 12
@@ -79,12 +80,12 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     Squared 2-norm of each tensor.
 
     Args:
-        tensors (`Sequence[Tensor]`): dense tensors of any shape, stride, floating or complex dtype and device; of a DTensor
-            the part that this rank holds.
+        tensors (`Sequence[Tensor]`): dense tensors of any shape, stride, floating or complex dtype and device; of a
+            DTensor the part that this rank holds.
 
     Returns:
-        `Tensor`: shape `(len(tensors),)`, float64 (float32 on MPS), on the device of the first tensor. The relative error
-        is below 1e-6 for any size. No host synchronisation. Differentiable where gradients are enabled.
+        `Tensor`: shape `(len(tensors),)`, float64 (float32 on MPS), on the device of the first tensor. The relative
+        error is below 1e-6 for any size. No host synchronisation. Differentiable where gradients are enabled.
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
@@ -113,7 +114,8 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sums(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the elements of each tensor (of both parts of complex ones) in float64; arguments and result as [`squared_norms`]."""
+    """Sum of the elements of each tensor (of both parts of complex ones) in float64; arguments and result as
+    [`squared_norms`]."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float64)
     device = tensors[0].device

@@ -1,14 +1,16 @@
-"""What the schedule keeps in an optimizer's parameter groups, where users, loggers and every checkpoint format find it.
+"""What the schedule keeps in an optimizer's parameter groups, where users, loggers and every checkpoint format find
+it.
 
 | key | what |
 |---|---|
 | `weight_decay` | the effective decay of the last step (before the first, and in a checkpoint: the user's) |
 | `initial_weight_decay` | the user's lambda |
-| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by the user |
-| `reference_steps` | K of the calibration |
+| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by
+the user | | `reference_steps` | K of the calibration |
 | `unclipped_norm` | whether the schedule follows the gradients before clipping |
-| `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | numbers of the whole model, the same in all groups and on all ranks |
-| `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of the whole model |
+| `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | numbers of the whole model, the same in all
+groups and on all ranks | | `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of
+the whole model |
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ def read(groups: Iterable[Group], key: str, default: Any = 0) -> Any:
 
 
 def numbers_from_elsewhere(groups: Iterable[Group], entries: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
-    """The first group in which someone else than the schedule, which shows `entries`, has put these numbers; `None` if a group
-    still shows them, or none has any."""
+    """The first group in which someone else than the schedule, which shows `entries`, has put these numbers; `None` if
+    a group still shows them, or none has any."""
     holders = [group for group in groups if _MARK in group]
     if not holders or any(group[_MARK] is entries[_MARK] for group in holders):
         return None
@@ -100,7 +102,8 @@ def write_decay(group: Group, decay: float | Tensor) -> None:
 
 
 def as_saved(group: Group, keys: Iterable[str]) -> Group:
-    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, so that any AdamW can go on with it."""
+    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, so that any AdamW can go on with
+    it."""
     saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
     saved.update((key, float(saved[key])) for key in keys if key in saved)
     saved.update((key, int(saved[key])) for key in (_MARK,) if key in saved)
@@ -111,8 +114,9 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iter
     """
     Groups of a checkpoint as the schedule loads them.
 
-    Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are. Where the effective
-    decay was saved (by hf_swd 0.1, or by an engine that saves groups as they are in memory), lambda stands beside it.
+    Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are.
+    Where the effective decay was saved (by hf_swd 0.1, or by an engine that saves groups as they are in memory),
+    lambda stands beside it.
     """
     foreign = not any(_MARK in group for group in saved)
     if len(own) != len(saved):

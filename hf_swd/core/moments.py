@@ -15,7 +15,8 @@ __all__ = ["maximum_sum", "moment_sums", "second_moment"]
 
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | None:
-    """The second moment in an optimizer's state of a parameter; `None` if there is none in floating point (Lion, bitsandbytes)."""
+    """The second moment in an optimizer's state of a parameter; `None` if there is none in floating point (Lion,
+    bitsandbytes)."""
     moment = state.get("exp_avg_sq")
     is_moment = isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state
     return moment if is_moment else None
@@ -30,7 +31,8 @@ def maximum_sum(
     p: Tensor, state: Mapping[str, Any], beta2: float | Tensor, grad_scale: Tensor | None = None
 ) -> Tensor:
     """
-    Sum of the maximum that AMSGrad will divide by in the coming step of a parameter (of a DTensor, over the part that is here).
+    Sum of the maximum that AMSGrad will divide by in the coming step of a parameter (of a DTensor, over the part that
+    is here).
 
     Args:
         p: the parameter, with a gradient.

@@ -1,7 +1,7 @@
 """The mean second moment of a whole model by recurrence, and the factor that it gives the weight decay.
 
-Plain arithmetic on vectors, one element per *block*: a parameter, or the whole model where only one norm is known. Nothing here knows of
-optimizers.
+Plain arithmetic on vectors, one element per *block*: a parameter, or the whole model where only one norm is known.
+Nothing here knows of optimizers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Measured:
         squares (`Tensor`, shape `(blocks,)`): squared norm of the gradient; 0 where there is none.
         with_grad (`Tensor`, bool, shape `(blocks,)`, *optional*): the blocks that have a gradient; by default all.
         at_least (`Tensor`, shape `(blocks,)`, *optional*): what the sums are at least in the mean (AMSGrad's maximum).
-        skipped (`Tensor`, bool, 0-d, *optional*): if true, the step will not be made (an overflow); known on the device only.
+        skipped (`Tensor`, bool, 0-d, *optional*): if true, the step will not be made (an overflow); known on the
+            device only.
     """
 
     squares: Tensor
@@ -55,8 +56,8 @@ class SecondMomentMean:
         mean   = sum_p S_p / (1 - beta2^t_p) / sum_p n_p       over the blocks with a gradient at this step
         factor = r / sqrt(mean)                                r = 1, or sqrt(mean) of step `reference_steps`
 
-    S_p is the sum of Adam's second moment over the n_p elements of the block: the moment is an elementwise moving average of
-    g^2, so its sum is the same moving average of ||g_p||^2.
+    S_p is the sum of Adam's second moment over the n_p elements of the block: the moment is an elementwise moving
+    average of g^2, so its sum is the same moving average of ||g_p||^2.
 
     Args:
         step (`float`): steps seen so far, not counting those before the first gradient that was not zero.
@@ -84,7 +85,8 @@ class SecondMomentMean:
         Take in one step.
 
         Args:
-            blocks (`RunningSums`): changed in place, unless gradients are to flow through the step: then its tensors are replaced.
+            blocks (`RunningSums`): changed in place, unless gradients are to flow through the step: then its tensors
+                are replaced.
             beta2 (`Tensor`, shape `(blocks,)`): decay rate of each block's moment.
             measured (`Measured`): the gradients.
             total (`Callable`): from the `(blocks, 2)` addends of the two sums of the mean to the sums over the model.
@@ -123,8 +125,8 @@ class SecondMomentMean:
                 before.copy_(after)  # a captured CUDA graph must find its state where it left it
 
     def factor(self, calibrated: bool) -> Tensor:
-        """What the user's decay is multiplied by, 0-d: 1 before the first step and while r is to come; 0 if no gradient has ever been
-        non-zero."""
+        """What the user's decay is multiplied by, 0-d: 1 before the first step and while r is to come; 0 if no
+        gradient has ever been non-zero."""
         rms = self.mean.sqrt()
         factor = torch.where(self.reference == 0, 1.0, self.reference / rms) if calibrated else 1 / rms
         return torch.where(self.mean == 0, 0.0, factor)
@@ -143,7 +145,8 @@ def mean_of(
     with_grad: Tensor | None,
     total: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Mean of the bias-corrected second moments over the blocks `with_grad`, and the number of elements in it; both 0-d."""
+    """Mean of the bias-corrected second moments over the blocks `with_grad`, and the number of elements in it; both
+    0-d."""
     # Where t_p = 0 there is nothing to correct, and nothing to divide by.
     addends = torch.stack([sums / (1 - beta2.pow(steps.clamp(min=1))), counts], dim=1)
     if with_grad is not None:

@@ -1,4 +1,5 @@
-"""Scheduled weight decay on an optimizer, one step in order: take in what has changed, measure, advance, write the decay."""
+"""Scheduled weight decay on an optimizer, one step in order: take in what has changed, measure, advance, write the
+decay."""
 
 from __future__ import annotations
 
@@ -55,12 +56,12 @@ class WeightDecaySchedule:
     Args:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
         beta2 (`float`, *optional*): decay rate of the second moment; by default `betas[1]` of each parameter group.
-        reference_steps (`int`, defaults to 0): with K > 0 the decay is lambda itself before step K, and from then on relative to
-            the gradient rms of step K.
+        reference_steps (`int`, defaults to 0): with K > 0 the decay is lambda itself before step K, and from then on
+            relative to the gradient rms of step K.
         unclipped_norm (`bool`, defaults to `False`): follow the norm that the gradients had before clipping.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
-        decay_on_host (`bool`, *optional*): whether the optimizer takes the decay as a number, for which the host must wait for an
-            accelerator; by default if the weights are on the CPU.
+        decay_on_host (`bool`, *optional*): whether the optimizer takes the decay as a number, for which the host must
+            wait for an accelerator; by default if the weights are on the CPU.
 
     A checkpoint that is loaded brings its own `reference_steps` and `unclipped_norm`.
 
@@ -111,14 +112,14 @@ class WeightDecaySchedule:
 
     @property
     def grad_rms(self) -> float:
-        """sqrt of the mean second moment over the whole model at the last step; 0.0 before the first. Reading it makes the
-        host wait for an accelerator."""
+        """sqrt of the mean second moment over the whole model at the last step; 0.0 before the first. Reading it makes
+        the host wait for an accelerator."""
         return math.sqrt(self._mean.mean.detach())
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps that the schedule has seen; skipped steps (overflow) do not count, nor do those before the first gradient that
-        was not zero."""
+        """Optimizer steps that the schedule has seen; skipped steps (overflow) do not count, nor do those before the
+        first gradient that was not zero."""
         return int(self._mean.step)
 
     @property
@@ -159,7 +160,8 @@ class WeightDecaySchedule:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """
-        Clip the gradients in place to a total 2-norm, and keep the norm for the coming step, which then need not read them.
+        Clip the gradients in place to a total 2-norm, and keep the norm for the coming step, which then need not read
+        them.
 
         Args:
             max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
@@ -176,7 +178,8 @@ class WeightDecaySchedule:
     @torch._disable_dynamo
     @torch.no_grad()
     def clip(self, max_norm: float, *, defer: bool) -> Tensor:
-        """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by `clipping.deferred` in the step."""
+        """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by
+        `clipping.deferred` in the step."""
         check_number(
             "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
         )
@@ -190,9 +193,9 @@ class WeightDecaySchedule:
         Take in the gradients of one optimizer step, before the step changes any weight.
 
         Returns:
-            `list[float | Tensor]`: the effective decay of each parameter group, at most 1/lr. A number where the weights are
-            on the CPU (a 0-d tensor with a graph in a differentiable optimizer), else a 0-d tensor. It is also written to
-            `group["weight_decay"]`.
+            `list[float | Tensor]`: the effective decay of each parameter group, at most 1/lr. A number where the
+            weights are on the CPU (a 0-d tensor with a graph in a differentiable optimizer), else a 0-d tensor. It is
+            also written to `group["weight_decay"]`.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -262,9 +265,10 @@ class WeightDecaySchedule:
             return
         self._warned_cap = True
         warnings.warn(
-            f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {self.grad_rms:.3g}) times lr={lr:g} "
-            "exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. Choose a smaller weight_decay (an "
-            f"effective 0.01 is {0.01 * self.grad_rms:.2g} here), or reference_steps=100, which gives AdamW's value its usual meaning.",
+            f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {self.grad_rms:.3g}) "
+            f"times lr={lr:g} exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. "
+            f"Choose a smaller weight_decay (an effective 0.01 is {0.01 * self.grad_rms:.2g} here), or "
+            "reference_steps=100, which gives AdamW's value its usual meaning.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -272,7 +276,8 @@ class WeightDecaySchedule:
     # State
 
     def settle(self) -> None:
-        """Finish a deferred clipping, and let all groups hold what belongs into them: before the optimizer is copied."""
+        """Finish a deferred clipping, and let all groups hold what belongs into them: before the optimizer is
+        copied."""
         self.blocks.clipping.settle()
         self._complete_groups()
 

@@ -32,8 +32,9 @@ class Layout:
     """
     How the parameters of an optimizer are divided among ranks.
 
-    Every rank holds a shard of every DTensor, so that numbers of whole parameters can be had on all ranks: [`of_whole_parameters`]. Of a
-    `Shard`, or of the parameters of an optimizer with a `process_group`, other ranks know nothing: their numbers meet in [`total`].
+    Every rank holds a shard of every DTensor, so that numbers of whole parameters can be had on all ranks:
+    [`of_whole_parameters`]. Of a `Shard`, or of the parameters of an optimizer with a `process_group`, other ranks
+    know nothing: their numbers meet in [`total`].
 
     Args:
         params (`Sequence[Tensor]`): the parameters, in the same order on every rank.
@@ -77,15 +78,15 @@ class Layout:
         return not self._parts
 
     def of_whole_parameters(self, values: Tensor) -> Tensor:
-        """From numbers of the local parts, of shape `(params, k)`, those of the whole parameters, the same bits on every rank that holds
-        a part: one all-reduce for each mesh dimension on which anything is sharded."""
+        """From numbers of the local parts, of shape `(params, k)`, those of the whole parameters, the same bits on
+        every rank that holds a part: one all-reduce for each mesh dimension on which anything is sharded."""
         for group, members in self._meshes:
             values = values.index_copy(0, members, _all_reduce(values[members], group))
         return values
 
     def total(self, values: Tensor, *, largest: bool = False) -> Tensor:
-        """Sum over the model (or maximum of non-negative numbers) of numbers of its parameters, of shape `(params, k)`: shape `(k,)`, the
-        same bits on every rank."""
+        """Sum over the model (or maximum of non-negative numbers) of numbers of its parameters, of shape `(params,
+        k)`: shape `(k,)`, the same bits on every rank."""
         combine = _maximum if largest else _sum
         if not self._parts:
             total = combine(values)

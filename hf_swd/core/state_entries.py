@@ -2,10 +2,12 @@
 
 | key | in memory | in a checkpoint |
 |---|---|---|
-| `second_moment_sum` | 0-d float64 tensor, a view of the vector that the schedule computes with | number: the sum of the second moment over the whole parameter |
-| `second_moment_step` | likewise | number: the steps in it, Adam's own `step` at that time |
+| `second_moment_sum` | 0-d float64 tensor, a view of the vector that the schedule computes with | number: the sum of
+the second moment over the whole parameter | | `second_moment_step` | likewise | number: the steps in it, Adam's own
+`step` at that time |
 
-A sum counts only if its step is Adam's; otherwise somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
+A sum counts only if its step is Adam's; otherwise somebody else (AdamW) has trained in between, and Adam's moments
+tell the sum.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def has_entry(state: Any) -> bool:
 
 
 def read(states: Sequence[State], is_trusted: Sequence[bool]) -> tuple[list[float], list[float], dict[int, Tensor]]:
-    """Sum and steps of each parameter; and, by position, the moments that have yet to be summed up for those whose entry is missing, zero,
-    not finite, not of Adam's step, or not trusted."""
+    """Sum and steps of each parameter; and, by position, the moments that have yet to be summed up for those whose
+    entry is missing, zero, not finite, not of Adam's step, or not trusted."""
     sums, steps = ([0.0] * len(states) for _ in range(2))
     entries = [i for i, state in enumerate(states) if is_trusted[i] and has_entry(state)]
     for key, numbers in ((SUM, sums), (STEP, steps)):
@@ -71,7 +73,8 @@ def as_saved(state: Mapping[Any, Any], outdated: Collection[int]) -> dict[Any, A
 
 
 class StateWatch:
-    """Notices whether someone else than the optimizer's step has changed moments, step counts or sums since this was made."""
+    """Notices whether someone else than the optimizer's step has changed moments, step counts or sums since this was
+    made."""
 
     def __init__(self, params: Sequence[Tensor] = (), states: Sequence[State] = ()) -> None:
         self._marks = dict(zip(params, map(_mark, states), strict=True))

@@ -56,5 +56,6 @@ def check_process_group(process_group: Any) -> None:
     # Every process group is an instance of this class, but torch may be built without it.
     if process_group is not None and not hasattr(process_group, "allreduce"):
         raise TypeError(
-            f"process_group={process_group!r}: expected a torch.distributed.ProcessGroup (torch.distributed.new_group makes one) or None"
+            f"process_group={process_group!r}: expected a torch.distributed.ProcessGroup (torch.distributed.new_group "
+            "makes one) or None"
         )

@@ -35,20 +35,23 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     """
     Bind the weight decay schedule of an optimizer to the engine that shards its model.
 
-    Needed once, after `accelerator.prepare` or `deepspeed.initialize`, under DeepSpeed ZeRO and FSDP1 in a loop of your own: a
-    Trainer does it by itself, and DDP, FSDP2 and tensor parallelism need nothing. Calling it where nothing is needed, or twice, does no
-    harm. A checkpoint may be loaded before or after.
+    Needed once, after `accelerator.prepare` or `deepspeed.initialize`, under DeepSpeed ZeRO and FSDP1 in a loop of
+    your own: a Trainer does it by itself, and DDP, FSDP2 and tensor parallelism need nothing. Calling it where nothing
+    is needed, or twice, does no harm. A checkpoint may be loaded before or after.
 
     Args:
-        optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's engine).
-        model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they are sharded.
+        optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's
+        engine).
+        model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they
+            are sharded.
 
     Returns:
         [`WeightDecaySchedule`]: the schedule, with `grad_rms` and `step_count`.
 
     Raises:
         ValueError: the optimizer has no schedule.
-        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model; the message says what to change.
+        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model; the message says
+        what to change.
 
     Example:
 
@@ -64,8 +67,8 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     schedule = schedule_of(optimizer)
     if schedule is None:
         raise ValueError(
-            f"optimizer={type(optimizer).__name__}: it has no weight decay schedule; build it with hf_swd.AdamS or wrap it in "
-            "hf_swd.ScheduledWeightDecay before accelerator.prepare"
+            f"optimizer={type(optimizer).__name__}: it has no weight decay schedule; build it with hf_swd.AdamS or "
+            "wrap it in hf_swd.ScheduledWeightDecay before accelerator.prepare"
         )
     shards = {} if model is None else fsdp1_shards(model)
     if shards:
@@ -104,9 +107,10 @@ def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule) 
         _seen_whole.add(schedule)
     elif any(p.grad is not None and p.grad.any() for p in params):
         raise RuntimeError(
-            f"{'DeepSpeed ZeRO' if zero else 'FSDP'} shards the model, and the weight decay schedule is not attached to it: each rank "
-            "would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with what accelerator.prepare (or "
-            "deepspeed.initialize) returned; a Trainer does it by itself after `import hf_swd`."
+            f"{'DeepSpeed ZeRO' if zero else 'FSDP'} shards the model, and the weight decay schedule is not attached "
+            "to it: each rank would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with "
+            "what accelerator.prepare (or deepspeed.initialize) returned; a Trainer does it by itself after `import "
+            "hf_swd`."
         )
 
 

@@ -1,8 +1,8 @@
 """Binding to DeepSpeed ZeRO: the only module with names of DeepSpeed's inside.
 
-ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and computes the norm of the
-whole gradient beforehand. The schedule advances at the first of these inner steps, from that norm, and writes the decay at each. The whole
-model is one block, whose running sum lies in the parameter groups.
+ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and
+computes the norm of the whole gradient beforehand. The schedule advances at the first of these inner steps, from that
+norm, and writes the decay at each. The whole model is one block, whose running sum lies in the parameter groups.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ _MODEL_PARAMETERS = {
 
 
 def find_zero_optimizer(optimizer: Any) -> Any | None:
-    """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine or a chain of `.optimizer`); `None` without ZeRO."""
+    """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine or a chain of `.optimizer`); `None`
+    without ZeRO."""
     base = sys.modules.get("deepspeed.runtime.base_optimizer")
     while base is not None and optimizer is not None:
         if isinstance(optimizer, base.ZeROOptimizer):
@@ -66,8 +67,8 @@ def is_zero_parameter(p: Tensor) -> bool:
 
 def refuse_unscaled_fp16(optimizer: Any) -> None:
     """
-    Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never multiplied by: Adam
-    hardly notices gradients that are all 2^16 times too small, a decay relative to them does.
+    Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never
+    multiplied by: Adam hardly notices gradients that are all 2^16 times too small, a decay relative to them does.
 
     Raises:
         RuntimeError: the wrapper around the optimizer has a loss scale.
@@ -76,8 +77,8 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
         config = getattr(optimizer, "loss_scale_config", None)
         if type(optimizer).__module__.startswith("deepspeed.runtime.fp16.") and getattr(config, "cur_scale", 1) != 1:
             raise RuntimeError(
-                "scheduled weight decay cannot run with fp16 under DeepSpeed's ZeRO stage 0, where gradients are divided by a loss scale "
-                "that the loss was not multiplied by: use stage 1 or bf16"
+                "scheduled weight decay cannot run with fp16 under DeepSpeed's ZeRO stage 0, where gradients are "
+                "divided by a loss scale that the loss was not multiplied by: use stage 1 or bf16"
             )
         optimizer = getattr(optimizer, "optimizer", None)
 
@@ -90,7 +91,8 @@ class ZeroBlock:
         zero_optimizer: DeepSpeed's wrapper around the optimizer (`engine.optimizer`).
 
     Raises:
-        RuntimeError: the configuration leaves the schedule without the norm of the whole model, or this version of DeepSpeed lacks
+        RuntimeError: the configuration leaves the schedule without the norm of the whole model, or this version of
+        DeepSpeed lacks
             what is read here.
     """
 
@@ -102,7 +104,8 @@ class ZeroBlock:
         if groups is None or not hasattr(zero_optimizer, "clip_grad"):
             raise RuntimeError(
                 f"{type(zero_optimizer).__name__} of deepspeed {version} is not known to hf_swd, or lacks "
-                f"{_MODEL_PARAMETERS.get(kind, 'the groups of parameters')!r} or 'clip_grad': use a version that docs/distributed.md lists"
+                f"{_MODEL_PARAMETERS.get(kind, 'the groups of parameters')!r} or 'clip_grad': use a version that "
+                "docs/distributed.md lists"
             )
         _refuse(zero_optimizer)
         params = [p for group in self._base.param_groups for p in group["params"]]
@@ -147,8 +150,8 @@ class ZeroBlock:
         self._moments_seen = [weakref.ref(moment) for moment in self._moments()]
 
     def _has_other_moments(self) -> bool:
-        """Whether a loader that replaces Adam's state, and in the groups what the checkpoint has, has found nothing of ours: another
-        optimizer's."""
+        """Whether a loader that replaces Adam's state, and in the groups what the checkpoint has, has found nothing of
+        ours: another optimizer's."""
         moments = self._moments()
         seen = [reference() for reference in self._moments_seen]
         return len(seen) > 0 and not (len(seen) == len(moments) and all(map(is_, seen, moments)))
@@ -176,8 +179,8 @@ class ZeroBlock:
 
     def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
         raise RuntimeError(
-            "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its config (max_grad_norm of a "
-            "Trainer does) instead of calling clip_grad_norm_"
+            "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its "
+            "config (max_grad_norm of a Trainer does) instead of calling clip_grad_norm_"
         )
 
     def begin_anew(self) -> None:
@@ -209,8 +212,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
     """
     Bind the schedule of the optimizer inside `zero_optimizer` to the engine; a second time does nothing.
 
-    accelerate replaces the optimizer under ZeRO-Offload by DeepSpeed's CPU Adam on the same parameter groups; these still say that they
-    are scheduled, and DeepSpeed's Adam gets the schedule by a step hook.
+    accelerate replaces the optimizer under ZeRO-Offload by DeepSpeed's CPU Adam on the same parameter groups; these
+    still say that they are scheduled, and DeepSpeed's Adam gets the schedule by a step hook.
 
     Raises:
         RuntimeError: see [`ZeroBlock`]; or the optimizer inside has no schedule, or does not decouple its decay.
@@ -224,7 +227,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
             )
         if not getattr(base, "adam_w_mode", False):
             raise RuntimeError(
-                f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given adam_w_mode=True"
+                f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given "
+                "adam_w_mode=True"
             )
         options = {key: group_state.read(base.param_groups, key) for key in group_state.OPTIONS}
         schedule = ScheduledWeightDecay(base, **options)
@@ -234,14 +238,16 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
 
 
 def refuse_replacement(optimizer: Optimizer) -> None:
-    """DeepSpeed's own Adam on the parameter groups of an AdamS that accelerate has dropped, before anyone attached the schedule."""
+    """DeepSpeed's own Adam on the parameter groups of an AdamS that accelerate has dropped, before anyone attached the
+    schedule."""
     if not type(optimizer).__module__.startswith("deepspeed."):
         return
     grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
     if any(grad is not None and grad.any() for grad in grads):
         raise RuntimeError(
-            f"{type(optimizer).__name__} has replaced AdamS (ZeRO-Offload does that), and nothing schedules its weight decay: call "
-            "hf_swd.attach(optimizer) once, with what accelerator.prepare returned; a Trainer does it by itself after `import hf_swd`"
+            f"{type(optimizer).__name__} has replaced AdamS (ZeRO-Offload does that), and nothing schedules its "
+            "weight decay: call hf_swd.attach(optimizer) once, with what accelerator.prepare returned; a Trainer does "
+            "it by itself after `import hf_swd`"
         )
 
 

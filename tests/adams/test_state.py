@@ -115,8 +115,8 @@ def jump_after_resume(pair: LockStep, missing) -> float:
     return jump
 
 
-# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, so that a resume must not rebuild
-# anything from them.
+# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, so that a resume
+# must not rebuild anything from them.
 class TestBf16MomentsMakeNoJump:
     def test_the_moments_do_stall(self, path=PATHS["forloop"]):
         pair = LockStep([{"params": parameters(dtype=torch.bfloat16)}], path=path, rtol=float("inf"))
@@ -325,7 +325,8 @@ class TestDistributedCheckpoint:
     @pytest.mark.parametrize("reference_steps", [0, 2], ids=lambda k: f"K{k}")
     @every_path
     def test_training_after_the_dummy_step(self, path, reference_steps, resume):
-        """Adam's own step count is one ahead from then on (torch.optim.AdamW's, too), and with it v_hat; the calibration's is not."""
+        """Adam's own step count is one ahead from then on (torch.optim.AdamW's, too), and with it v_hat; the
+        calibration's is not."""
         model, pair = self.setup(path, reference_steps=reference_steps)
         get_optimizer_state_dict(model, pair.optimizer)
         for state in pair.reference.groups[0]["state"]:

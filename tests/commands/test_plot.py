@@ -1,4 +1,5 @@
-"""hf_swd.commands.plot: what is drawn is what a Trainer logged, and every way of not finding it says what was looked for."""
+"""hf_swd.commands.plot: what is drawn is what a Trainer logged, and every way of not finding it says what was looked
+for."""
 
 from __future__ import annotations
 

@@ -272,7 +272,8 @@ def torch_rolled_back() -> dict[str, Any]:
 
 
 class Redundant:
-    """torch's ZeroRedundancyOptimizer, which writes a checkpoint into state and groups of the AdamS inside by itself."""
+    """torch's ZeroRedundancyOptimizer, which writes a checkpoint into state and groups of the AdamS inside by
+    itself."""
 
     def __init__(self, optim: str, **options: Any) -> None:
         from torch.distributed.optim import ZeroRedundancyOptimizer

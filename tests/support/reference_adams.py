@@ -29,7 +29,8 @@ def as_real64(tensor: Tensor) -> Tensor:
 
 
 def fresh_state(p: Tensor) -> dict:
-    """State of a parameter before its first step: steps, moments, maximum of the second, second moment of the unclipped gradients."""
+    """State of a parameter before its first step: steps, moments, maximum of the second, second moment of the
+    unclipped gradients."""
     return {"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}}
 
 
@@ -91,7 +92,8 @@ class ReferenceAdamS:
         self._update_weights(present, [group["decay"] for group, _, _ in present])
 
     def adamw_step(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
-        """One step of AdamW with the constant decay `weight_decay`, of which the schedule learns nothing but the moments."""
+        """One step of AdamW with the constant decay `weight_decay`, of which the schedule learns nothing but the
+        moments."""
         present = self._update_moments(gradients, gradients)
         self._update_weights(present, [group["weight_decay"] for group, _, _ in present])
 
