@@ -49,7 +49,7 @@ class AdamS(torch.optim.AdamW):
 
     Args:
         params (iterable): parameters, named parameters or dicts of parameter groups; real or complex, any floating
-        dtype.
+            dtype.
         lr (`float` or 1-element `Tensor`, defaults to 1e-3): learning rate, at least 0.
         betas (`tuple[float, float]`, defaults to (0.9, 0.999)): decay rates of the moments, in [0, 1).
         eps (`float`, defaults to 1e-8): term added to the denominator, at least 0.
@@ -74,15 +74,15 @@ class AdamS(torch.optim.AdamW):
     Raises:
         TypeError, ValueError: an argument, or an option of a parameter group, has a wrong type or is out of range.
         RuntimeError: from `step()`, before any weight changes: a gradient is sparse; with `unclipped_norm` the norm
-        before clipping is
-            not known.
+            before clipping is not known.
 
     Example:
 
     ```python
-    optimizer = AdamS(model.parameters(), lr=1e-3, weight_decay=5e-4)  # the paper's setting, from scratch
-    optimizer = AdamS(model.parameters(), lr=2e-5, weight_decay=0.01, reference_steps=100)  # fine-tuning, AdamW's
-    units ```
+    # The paper's setting, from scratch; and fine-tuning, in AdamW's units.
+    optimizer = AdamS(model.parameters(), lr=1e-3, weight_decay=5e-4)
+    optimizer = AdamS(model.parameters(), lr=2e-5, weight_decay=0.01, reference_steps=100)
+    ```
 
     References: Xie, Xu, Zhang, Sato, Sugiyama, *On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A
     Gradient-Norm Perspective*, NeurIPS 2023, arXiv 2011.11152. (Not the AdamS of 2025, another optimizer.)
@@ -150,8 +150,7 @@ class AdamS(torch.optim.AdamW):
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
             RuntimeError: under DeepSpeed ZeRO, which clips by itself; from `step()`, before any weight changes:
-            gradients were changed after a
-                deferred clipping.
+                gradients were changed after a deferred clipping.
         """
         # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
         defer = defer and not any(group["differentiable"] or group["amsgrad"] for group in self.param_groups)
@@ -279,8 +278,7 @@ def create_adams(
     model: nn.Module, *, lr: float | Tensor = 1e-3, weight_decay: float = 5e-4, **adams_kwargs: Any
 ) -> AdamS:
     """
-    AdamS over the trainable parameters of a model, with the Trainer's two groups: decay, and none for biases and
-    norms.
+    AdamS over the trainable parameters of a model, in the Trainer's two groups: no decay for biases and norms.
 
     Args:
         model (`nn.Module`): its parameters with `requires_grad` are optimized.

@@ -28,9 +28,8 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     At every `optimizer.step()` it writes `initial_weight_decay / sqrt(mean second moment)` into
     `group["weight_decay"]`, which the optimizer then applies as its own: `theta <- (1 - lr * weight_decay) theta`. The
     user's value is kept in `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps
-    becomes the user's value. The state travels in the parameter groups with the optimizer's own `state_dict()`;
-    [`state_dict`] here adds what only optimizers without a second moment need for parameters that do not get a
-    gradient at every step.
+    becomes the user's value. The state of the schedule is part of the optimizer's own
+    `state_dict()`.
 
     On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does
     not). A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
@@ -49,8 +48,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
 
     Raises:
         TypeError, ValueError: an argument is out of range; the optimizer's decay is not decoupled (an L2 penalty), or
-        it has a
-            schedule already.
+            it has a schedule already.
 
     Example:
 

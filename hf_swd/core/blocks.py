@@ -44,8 +44,7 @@ class Blocks(Protocol):
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        """Make the running sums those of the optimizer's state as it is now. `loaded`: the group that `mean` has just
-        been taken from."""
+        """Make the running sums those of the optimizer's state now. `loaded`: the group that `mean` is from, if new."""
 
     def beta2(self) -> Tensor:
         """Decay rate of each block's moment, shape `(blocks,)`."""
@@ -148,8 +147,8 @@ class ParameterBlocks:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
-        """The state of each parameter. (An optimizer takes a state that is not empty for complete: an empty one is not
-        written to.)"""
+        """The state of each parameter. An optimizer takes one that is not empty for complete: an empty one counts as
+        none, and is not written to before the step."""
         state = self._optimizer.state
         return [state.get(p) or NO_STATE for p in params]
 

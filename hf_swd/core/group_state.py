@@ -1,16 +1,17 @@
-"""What the schedule keeps in an optimizer's parameter groups, where users, loggers and every checkpoint format find
-it.
+"""What the schedule keeps in an optimizer's parameter groups, where users, loggers and every checkpoint find it.
 
 | key | what |
 |---|---|
 | `weight_decay` | the effective decay of the last step (before the first, and in a checkpoint: the user's) |
 | `initial_weight_decay` | the user's lambda |
-| `scheduled_weight_decay` | what the schedule wrote into `weight_decay` last: anything else there has been assigned by
-the user | | `reference_steps` | K of the calibration |
+| `scheduled_weight_decay` | what the schedule wrote last: anything else in `weight_decay` is the user's new lambda |
+| `reference_steps` | K of the calibration |
 | `unclipped_norm` | whether the schedule follows the gradients before clipping |
-| `schedule_step`, `second_moment_mean`, `num_elements`, `reference_rms` | numbers of the whole model, the same in all
-groups and on all ranks | | `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of
-the whole model |
+| `schedule_step` | steps of the schedule; this and the next three are of the whole model, the same in all groups |
+| `second_moment_mean` | the mean of the bias-corrected second moment at the last step |
+| `num_elements` | number of scalars that it was over |
+| `reference_rms` | gradient rms of step K |
+| `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of the whole model |
 """
 
 from __future__ import annotations
@@ -102,8 +103,7 @@ def write_decay(group: Group, decay: float | Tensor) -> None:
 
 
 def as_saved(group: Group, keys: Iterable[str]) -> Group:
-    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, so that any AdamW can go on with
-    it."""
+    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, with which any AdamW can go on."""
     saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
     saved.update((key, float(saved[key])) for key in keys if key in saved)
     saved.update((key, int(saved[key])) for key in (_MARK,) if key in saved)

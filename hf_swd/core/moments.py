@@ -15,8 +15,7 @@ __all__ = ["maximum_sum", "moment_sums", "second_moment"]
 
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | None:
-    """The second moment in an optimizer's state of a parameter; `None` if there is none in floating point (Lion,
-    bitsandbytes)."""
+    """The second moment in an optimizer's state of a parameter, if there is one in floating point (not in Lion's)."""
     moment = state.get("exp_avg_sq")
     is_moment = isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex()) and "step" in state
     return moment if is_moment else None

@@ -40,8 +40,7 @@ class Measured:
         squares (`Tensor`, shape `(blocks,)`): squared norm of the gradient; 0 where there is none.
         with_grad (`Tensor`, bool, shape `(blocks,)`, *optional*): the blocks that have a gradient; by default all.
         at_least (`Tensor`, shape `(blocks,)`, *optional*): what the sums are at least in the mean (AMSGrad's maximum).
-        skipped (`Tensor`, bool, 0-d, *optional*): if true, the step will not be made (an overflow); known on the
-            device only.
+        skipped (`Tensor`, bool, 0-d, *optional*): if true, the step will not be made (an overflow).
     """
 
     squares: Tensor
@@ -125,8 +124,7 @@ class SecondMomentMean:
                 before.copy_(after)  # a captured CUDA graph must find its state where it left it
 
     def factor(self, calibrated: bool) -> Tensor:
-        """What the user's decay is multiplied by, 0-d: 1 before the first step and while r is to come; 0 if no
-        gradient has ever been non-zero."""
+        """What the user's decay is multiplied by, 0-d: 1 while r is to come; 0 if every gradient so far was zero."""
         rms = self.mean.sqrt()
         factor = torch.where(self.reference == 0, 1.0, self.reference / rms) if calibrated else 1 / rms
         return torch.where(self.mean == 0, 0.0, factor)
@@ -145,8 +143,7 @@ def mean_of(
     with_grad: Tensor | None,
     total: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Mean of the bias-corrected second moments over the blocks `with_grad`, and the number of elements in it; both
-    0-d."""
+    """Mean of the bias-corrected second moments over the blocks `with_grad`, and its number of elements; both 0-d."""
     # Where t_p = 0 there is nothing to correct, and nothing to divide by.
     addends = torch.stack([sums / (1 - beta2.pow(steps.clamp(min=1))), counts], dim=1)
     if with_grad is not None:

@@ -1,5 +1,4 @@
-"""Scheduled weight decay on an optimizer, one step in order: take in what has changed, measure, advance, write the
-decay."""
+"""Scheduled weight decay on an optimizer. A step: take in what has changed, measure, advance, write the decay."""
 
 from __future__ import annotations
 
@@ -160,8 +159,7 @@ class WeightDecaySchedule:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """
-        Clip the gradients in place to a total 2-norm, and keep the norm for the coming step, which then need not read
-        them.
+        Clip the gradients in place to a total 2-norm, and keep the norm for the step, which need not read them then.
 
         Args:
             max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
@@ -276,8 +274,7 @@ class WeightDecaySchedule:
     # State
 
     def settle(self) -> None:
-        """Finish a deferred clipping, and let all groups hold what belongs into them: before the optimizer is
-        copied."""
+        """Finish a deferred clipping, and complete the groups: before the optimizer is copied."""
         self.blocks.clipping.settle()
         self._complete_groups()
 

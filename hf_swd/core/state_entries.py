@@ -1,13 +1,13 @@
 """The running sums where torch keeps what belongs to a parameter: `optimizer.state[p]`.
 
-| key | in memory | in a checkpoint |
-|---|---|---|
-| `second_moment_sum` | 0-d float64 tensor, a view of the vector that the schedule computes with | number: the sum of
-the second moment over the whole parameter | | `second_moment_step` | likewise | number: the steps in it, Adam's own
-`step` at that time |
+| key | what |
+|---|---|
+| `second_moment_sum` | sum of Adam's second moment over the whole parameter |
+| `second_moment_step` | number of steps in it: Adam's own `step` at that time |
 
-A sum counts only if its step is Adam's; otherwise somebody else (AdamW) has trained in between, and Adam's moments
-tell the sum.
+In memory both are 0-d float64 tensors, views of the vectors that the schedule computes with; in a checkpoint numbers (a
+tensor would be cast to the parameter's dtype when it is loaded). A sum counts only if its step is Adam's; otherwise
+somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
 
     Args:
         optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's
-        engine).
+            engine).
         model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they
             are sharded.
 
@@ -51,7 +51,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     Raises:
         ValueError: the optimizer has no schedule.
         RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model; the message says
-        what to change.
+            what to change.
 
     Example:
 

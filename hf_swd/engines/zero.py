@@ -50,8 +50,7 @@ _MODEL_PARAMETERS = {
 
 
 def find_zero_optimizer(optimizer: Any) -> Any | None:
-    """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine or a chain of `.optimizer`); `None`
-    without ZeRO."""
+    """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine, a chain of `.optimizer`), if any."""
     base = sys.modules.get("deepspeed.runtime.base_optimizer")
     while base is not None and optimizer is not None:
         if isinstance(optimizer, base.ZeROOptimizer):
@@ -92,8 +91,7 @@ class ZeroBlock:
 
     Raises:
         RuntimeError: the configuration leaves the schedule without the norm of the whole model, or this version of
-        DeepSpeed lacks
-            what is read here.
+            DeepSpeed lacks what is read here.
     """
 
     def __init__(self, zero_optimizer: Any) -> None:
@@ -150,8 +148,7 @@ class ZeroBlock:
         self._moments_seen = [weakref.ref(moment) for moment in self._moments()]
 
     def _has_other_moments(self) -> bool:
-        """Whether a loader that replaces Adam's state, and in the groups what the checkpoint has, has found nothing of
-        ours: another optimizer's."""
+        """Whether DeepSpeed's universal loader has replaced Adam's state, and found nothing of ours for the groups."""
         moments = self._moments()
         seen = [reference() for reference in self._moments_seen]
         return len(seen) > 0 and not (len(seen) == len(moments) and all(map(is_, seen, moments)))
@@ -238,8 +235,7 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
 
 
 def refuse_replacement(optimizer: Optimizer) -> None:
-    """DeepSpeed's own Adam on the parameter groups of an AdamS that accelerate has dropped, before anyone attached the
-    schedule."""
+    """DeepSpeed's own Adam on the groups of an AdamS that accelerate has dropped, before `attach`."""
     if not type(optimizer).__module__.startswith("deepspeed."):
         return
     grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
