@@ -154,7 +154,7 @@ class AdamS(torch.optim.AdamW):
         """
         # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
         defer = defer and not any(group["differentiable"] or group["amsgrad"] for group in self.param_groups)
-        return self._decay_schedule.clip(max_norm, defer=defer)
+        return self._decay_schedule._clip(max_norm, defer=defer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_options(param_group)
@@ -183,9 +183,9 @@ class AdamS(torch.optim.AdamW):
                 p for group in self.param_groups if group["fused"] for p in group["params"] if p.grad is not None
             ):
                 _device_dtype_check_for_fused(p)
-        for group, decay in zip(self.param_groups, self._decay_schedule.before_step(), strict=True):
+        for group, decay in zip(self.param_groups, self._decay_schedule._before_step(), strict=True):
             self._step_group(group, decay)
-        self._decay_schedule.after_step()
+        self._decay_schedule._after_step()
         return loss
 
     def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
@@ -198,7 +198,7 @@ class AdamS(torch.optim.AdamW):
         has_complex = self._init_group({**group, "fused": fused}, *lists)
         lists = [local_parts(tensors) for tensors in lists]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
-        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule.blocks.clipping.deferred
+        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule._blocks.clipping.deferred
         if fused:
             # These kernels walk through memory, and on CPU they do not look at strides.
             fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists[:-1]) or all(
@@ -262,10 +262,10 @@ class AdamS(torch.optim.AdamW):
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's "
                 "state_dict()"
             )
-        self._decay_schedule.settle()
+        self._decay_schedule._settle()
         state = super().__getstate__()
         # Numbers instead of views, of which pickle would write the whole vector each time.
-        return {**state, "state": defaultdict(dict, self._decay_schedule.blocks.saved_state(self.state))}
+        return {**state, "state": defaultdict(dict, self._decay_schedule._blocks.saved_state(self.state))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -92,12 +92,12 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             decay_on_host=True,
         )
         self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.after_step()))
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
 
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
         if schedule_of(self.optimizer) is self:
-            self.detach()
+            self._detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's own `state_dict()` holds of the schedule: `schedule_step` and `reference_steps` (int),
@@ -136,7 +136,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             with torch.no_grad():
-                self.before_step()
+                self._before_step()
             return None
         return (optimizer,), {**kwargs, "closure": self._after_closure(closure)}
 
@@ -150,7 +150,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             if not updated:
                 updated = True
                 with torch.no_grad():
-                    self.before_step()
+                    self._before_step()
             return loss
 
         return closure_then_update

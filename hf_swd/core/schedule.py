@@ -81,9 +81,9 @@ class WeightDecaySchedule:
         check_flag("unclipped_norm", unclipped_norm)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
-        self.decay_on_host = decay_on_host
+        self._decay_on_host = decay_on_host
         self._warned_cap = False
-        self.model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
+        self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         """The parameters that the optimizer was built for; an engine may have put others in their place."""
         # As torch's own options: groups that are added take them from here.
         optimizer.defaults.update(reference_steps=reference_steps, unclipped_norm=unclipped_norm)
@@ -91,7 +91,7 @@ class WeightDecaySchedule:
         for group in optimizer.param_groups:
             for key in _NUMBERS:
                 group.setdefault(key, 0)
-        self.use(ParameterBlocks(optimizer, beta2=beta2, process_group=process_group))
+        self._use(ParameterBlocks(optimizer, beta2=beta2, process_group=process_group))
         self._complete_groups()
         self._handles = [
             optimizer.register_state_dict_pre_hook(lambda _: self._complete_groups()),
@@ -144,7 +144,7 @@ class WeightDecaySchedule:
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose optimizers hold disjoint parts of the model."""
-        return getattr(self.blocks, "process_group", None)
+        return getattr(self._blocks, "process_group", None)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ class WeightDecaySchedule:
 
     def clip_statistics(self) -> tuple[int, int]:
         """How many calls of [`clip_grad_norm_`] have clipped, and how many there were. Makes the host wait."""
-        return self.blocks.clipping.statistics()
+        return self._blocks.clipping.statistics()
 
     # One step
 
@@ -171,22 +171,22 @@ class WeightDecaySchedule:
             TypeError, ValueError: `max_norm` is not a positive number.
             RuntimeError: under DeepSpeed ZeRO, which clips by itself.
         """
-        return self.clip(max_norm, defer=False)
+        return self._clip(max_norm, defer=False)
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def clip(self, max_norm: float, *, defer: bool) -> Tensor:
+    def _clip(self, max_norm: float, *, defer: bool) -> Tensor:
         """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by
         `clipping.deferred` in the step."""
         check_number(
             "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
         )
-        self.blocks.clipping.settle()
+        self._blocks.clipping.settle()
         self._take_in()
-        return self.blocks.clip(max_norm, defer=defer, unclipped=self.unclipped_norm)
+        return self._blocks.clip(max_norm, defer=defer, unclipped=self.unclipped_norm)
 
     @torch._disable_dynamo
-    def before_step(self) -> list[float | Tensor]:
+    def _before_step(self) -> list[float | Tensor]:
         """
         Take in the gradients of one optimizer step, before the step changes any weight.
 
@@ -198,25 +198,25 @@ class WeightDecaySchedule:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        begins = self.blocks.begins_step()
+        begins = self._blocks.begins_step()
         self._take_in(begins)
         if begins:
-            measured = self.blocks.measure(unclipped=self.unclipped_norm)
+            measured = self._blocks.measure(unclipped=self.unclipped_norm)
             if measured is None:
                 return [group["weight_decay"] for group in self._groups]
             self._mean.advance(
-                self.blocks.running,
-                self.blocks.beta2(),
+                self._blocks.running,
+                self._blocks.beta2(),
                 measured,
-                total=self.blocks.total,
+                total=self._blocks.total,
                 reference_steps=self.reference_steps,
             )
             self._show()
         return self._write_decay()
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """Let the optimizer's state hold what the step has made of the running sums."""
-        self.blocks.write_back()
+        self._blocks.write_back()
 
     def _take_in(self, begins: bool = True) -> None:
         """Whatever has happened to groups and state since the last step."""
@@ -228,12 +228,12 @@ class WeightDecaySchedule:
             loaded = group_state.numbers_from_elsewhere(groups, self._shown)
             if loaded is not None:
                 self._restart(loaded)
-            self.blocks.follow(loaded, self._mean)
+            self._blocks.follow(loaded, self._mean)
         self._show()
 
     def _write_decay(self) -> list[float | Tensor]:
         factor = self._mean.factor(calibrated=self.reference_steps > 0)
-        on_host = factor.device.type == "cpu" if self.decay_on_host is None else self.decay_on_host
+        on_host = factor.device.type == "cpu" if self._decay_on_host is None else self._decay_on_host
         if on_host and not factor.requires_grad:
             factor = factor.item()
         groups = self._groups
@@ -273,19 +273,19 @@ class WeightDecaySchedule:
 
     # State
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Finish a deferred clipping, and complete the groups: before the optimizer is copied."""
-        self.blocks.clipping.settle()
+        self._blocks.clipping.settle()
         self._complete_groups()
 
-    def use(self, blocks: Blocks) -> None:
+    def _use(self, blocks: Blocks) -> None:
         """Take the squared norms of the gradient from `blocks` from now on (an engine does so when it is attached)."""
-        if hasattr(self, "blocks"):
-            self.blocks.clipping.settle()
-        self.blocks = blocks
+        if hasattr(self, "_blocks"):
+            self._blocks.clipping.settle()
+        self._blocks = blocks
         self._restart(self._groups[0])
 
-    def detach(self) -> None:
+    def _detach(self) -> None:
         """Give the optimizer back to itself, with the user's constant decay."""
         for handle in self._handles:
             handle.remove()
@@ -304,7 +304,7 @@ class WeightDecaySchedule:
         numbers = {key: getattr(self._mean, name) for key, name in _NUMBERS.items()}
         # With a graph only in a differentiable optimizer; a state must be copyable.
         numbers = {key: number.detach() if number.requires_grad else number for key, number in numbers.items()}
-        return {**numbers, **self.blocks.group_entries}
+        return {**numbers, **self._blocks.group_entries}
 
     def _show(self) -> None:
         """The groups hold the very tensors that the schedule goes on with: whoever replaces them is noticed."""
@@ -315,13 +315,13 @@ class WeightDecaySchedule:
     def _complete_groups(self) -> None:
         group_state.complete(self._groups, self.optimizer.defaults, self._shown)
 
-    def save_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _save_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A `state_dict` whose parameter groups have plain numbers, and the user's decay."""
         groups = [group_state.as_saved(group, self._shown) for group in state_dict["param_groups"]]
         return {**state_dict, "param_groups": groups}
 
     def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {**self.save_groups(state_dict), "state": self.blocks.saved_state(state_dict["state"])}
+        return {**self._save_groups(state_dict), "state": self._blocks.saved_state(state_dict["state"])}
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._complete_groups()
@@ -329,8 +329,8 @@ class WeightDecaySchedule:
         return {**state_dict, "param_groups": groups}
 
     def _loaded(self) -> None:
-        self.blocks.clipping.settle()
-        self.blocks.begin_anew()
+        self._blocks.clipping.settle()
+        self._blocks.begin_anew()
         self._complete_groups()
         self._restart(self._groups[0])
         if self.step_count > 0:

@@ -72,7 +72,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
         )
     shards = {} if model is None else fsdp1_shards(model)
     if shards:
-        schedule.use(schedule.blocks.divided(shards=shards))
+        schedule._use(schedule._blocks.divided(shards=shards))
     return schedule
 
 
@@ -82,14 +82,14 @@ def _before_any_step(optimizer: Any, args: tuple, kwargs: dict) -> None:
         # torch builds the optimizer of each rank's share itself, and so must hand it the ranks.
         schedule = schedule_of(optimizer.optim)
         if schedule is not None and schedule.process_group is None:
-            schedule.use(schedule.blocks.divided(process_group=optimizer.process_group))
+            schedule._use(schedule._blocks.divided(process_group=optimizer.process_group))
             # It saves groups that it has copied from the optimizer inside, as they are in memory.
-            optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule.save_groups(state_dict))
+            optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule._save_groups(state_dict))
         return
     schedule = schedule_of(optimizer)
     if schedule is None:
         refuse_replacement(optimizer)
-    elif isinstance(schedule.blocks, ParameterBlocks) and schedule not in _seen_whole:
+    elif isinstance(schedule._blocks, ParameterBlocks) and schedule not in _seen_whole:
         _refuse_unknown_shards(optimizer, schedule)
 
 
@@ -100,9 +100,9 @@ _seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
 def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule) -> None:
     """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    originals = [p for reference in schedule.model_params if (p := reference()) is not None]
+    originals = [p for reference in schedule._model_params if (p := reference()) is not None]
     zero = any(map(is_zero_parameter, originals))
-    fsdp = any(is_fsdp1_shard(p) and not schedule.blocks.knows_shard(p) for p in params)
+    fsdp = any(is_fsdp1_shard(p) and not schedule._blocks.knows_shard(p) for p in params)
     if not (zero or fsdp):
         _seen_whole.add(schedule)
     elif any(p.grad is not None and p.grad.any() for p in params):

@@ -229,8 +229,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
             )
         options = {key: group_state.read(base.param_groups, key) for key in group_state.OPTIONS}
         schedule = ScheduledWeightDecay(base, **options)
-    if not isinstance(schedule.blocks, ZeroBlock):
-        schedule.use(ZeroBlock(zero_optimizer))
+    if not isinstance(schedule._blocks, ZeroBlock):
+        schedule._use(ZeroBlock(zero_optimizer))
     return schedule
 
 
