@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import group_state
 from .clipping import Clipping
-from .grad_norm import squared_norms, without_pending_sums
-from .moments import maximum_sum, moment_sums
+from .grad_norm import HALF, squared_norms, without_pending_sums
+from .moments import maximum_sum, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean, mean_of
 from .sharding import Layout, Shard
 from .state_entries import NO_STATE, SUM, StateWatch, as_saved, has_entry, read, show
@@ -44,7 +44,7 @@ class Blocks(Protocol):
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        """Make the running sums those of the optimizer's state now. `loaded`: the group that `mean` is from, if new."""
+        """Make the running sums those of the optimizer's state. `loaded`: the group that `mean` is from, if new."""
 
     def beta2(self) -> Tensor:
         """Decay rate of each block's moment, shape `(blocks,)`."""
@@ -118,14 +118,13 @@ class ParameterBlocks:
 
     def begin_anew(self) -> None:
         self._params: list[Tensor] | None = None
-        params = self._all_params()
-        self._watch = StateWatch(params, self._states(params))
+        self._watch = StateWatch(self._states(self._all_params()))
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
         states = self._states(params)
         has_entries, is_new = any(map(has_entry, states)), self._params is None
-        if is_new or not self._holds(params) or not self._watch.sees_the_same(params, states):
+        if is_new or not self._holds(params) or not self._watch.sees_the_same(states):
             self._read(params, states)
         if is_new or loaded is not None:
             self._take_over(mean, states, has_entries)
@@ -139,7 +138,7 @@ class ParameterBlocks:
         for p in self._all_params():
             p_state = self._optimizer.state.get(p, NO_STATE)
             # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
-            if p in self._shards or self._watch.is_outdated(p, p_state):
+            if p in self._shards or self._watch.is_outdated(p_state):
                 outdated.add(id(p_state))
         return as_saved(state, outdated)
 
@@ -160,7 +159,7 @@ class ParameterBlocks:
             self.clipping.settle()  # what is known of the gradients is known by position
         is_trusted = [
             # Of a shard, a number from a checkpoint would be of the whole parameter.
-            not self._watch.is_outdated(p, state) and (p not in self._shards or isinstance(state.get(SUM), Tensor))
+            not self._watch.is_outdated(state) and (p not in self._shards or isinstance(state.get(SUM), Tensor))
             for p, state in zip(params, states, strict=True)
         ]
         numbers = read(states, is_trusted)
@@ -184,38 +183,50 @@ class ParameterBlocks:
             views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
             self._views = self.running.sums, list(zip(*views, strict=True))
         show(states, self._views[1])
-        self._watch = StateWatch(self._params, states)
+        self._watch = StateWatch(states)
 
     def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], has_entries: bool) -> None:
         """
         Bring numbers of the model that have just been loaded, and the sums, together.
 
         After another optimizer's moments, its steps count. Where a checkpoint has the mean but no sums (FSDP1; hf_swd
-        0.1), sums rebuilt from moments of low precision are less than the truth; by how much is known if the mean was
-        over all of them.
+        0.1), sums rebuilt from moments in half precision, or of clipped gradients, are not the truth; by how much is
+        known if the mean was over all of them.
+
+        Raises:
+            RuntimeError: it is not known.
         """
         running, groups = self.running, self._optimizer.param_groups
         last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
-        entries = torch.full_like(running.counts, has_entries).unsqueeze(1)
         if mean.step == 0:
             has_moments = self.total(running.sums.unsqueeze(1)).squeeze(0) > 0
             mean.step = torch.where(has_moments, last_step, 0.0)
-        elif mean.mean > 0 and self.total(entries) == 0:
-            known, num_elements = mean_of(
-                running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total
-            )
-            unclipped = group_state.read(groups, "unclipped_norm")
-            if num_elements == 0:  # the optimizer keeps no second moment: every parameter gets its share of the mean
-                running.steps.copy_(mean.step * running.steps.new_tensor([len(state) > 0 for state in states]))
-                running.sums.copy_(mean.mean * running.counts * (1 - self.beta2().pow(running.steps)))
-            elif unclipped or (
-                last_step == mean.step
-                and num_elements == mean.num_elements
-                and known.isfinite()
-                and known > 0
-                and not any(group.get("amsgrad") for group in groups)
-            ):
+            return
+        moments = [second_moment(state) for state in states]
+        exact = not group_state.read(groups, "unclipped_norm") and not any(
+            m is not None and m.dtype in HALF for m in moments
+        )
+        # Ranks with other parameters must find the same.
+        facts = running.sums.new_tensor([[has_entries, not exact]]).expand(len(states), 2)
+        entries, inexact = self.total(facts).tolist()
+        if entries or not mean.mean > 0:
+            return
+        known, num_elements = mean_of(
+            running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total
+        )
+        if num_elements == 0:  # the optimizer keeps no second moment: every parameter gets its share of the mean
+            running.steps.copy_(mean.step * running.steps.new_tensor([len(state) > 0 for state in states]))
+            running.sums.copy_(mean.mean * running.counts * (1 - self.beta2().pow(running.steps)))
+        elif inexact:
+            amsgrad = any(group.get("amsgrad") for group in groups)
+            if last_step == mean.step and num_elements == mean.num_elements and not amsgrad and known > 0:
                 running.sums.mul_(mean.mean / known)
+            elif not self._shards:
+                raise RuntimeError(
+                    "this checkpoint of hf_swd 0.1 cannot be gone on with: moments in half precision, or of clipped "
+                    "gradients (unclipped_norm), do not tell the sums that it lacks. Resume with hf_swd 0.1, or load "
+                    "the weights alone"
+                )
 
     # One step
 

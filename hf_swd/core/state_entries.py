@@ -5,8 +5,8 @@
 | `second_moment_sum` | sum of Adam's second moment over the whole parameter |
 | `second_moment_step` | number of steps in it: Adam's own `step` at that time |
 
-In memory both are 0-d float64 tensors, views of the vectors that the schedule computes with; in a checkpoint numbers (a
-tensor would be cast to the parameter's dtype when it is loaded). A sum counts only if its step is Adam's; otherwise
+In memory both are 0-d float64 tensors, views of the vectors that the schedule computes with; in a checkpoint numbers
+(a tensor would be cast to the parameter's dtype when it is loaded). A sum counts only if its step is Adam's; otherwise
 somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
 """
 
@@ -74,20 +74,19 @@ def as_saved(state: Mapping[Any, Any], outdated: Collection[int]) -> dict[Any, A
 
 class StateWatch:
     """Notices whether someone else than the optimizer's step has changed moments, step counts or sums since this was
-    made."""
+    made of the states of all parameters."""
 
-    def __init__(self, params: Sequence[Tensor] = (), states: Sequence[State] = ()) -> None:
-        self._marks = dict(zip(params, map(_mark, states), strict=True))
+    def __init__(self, states: Sequence[State] = ()) -> None:
+        self._marks = list(map(_mark, states))
+        self._by_sum = {id(mark[0]): mark for mark in self._marks}
 
-    def sees_the_same(self, params: Sequence[Tensor], states: Sequence[State]) -> bool:
-        return len(params) == len(self._marks) and all(
-            p in self._marks and _same(self._marks[p], _mark(state)) for p, state in zip(params, states, strict=True)
-        )
+    def sees_the_same(self, states: Sequence[State]) -> bool:
+        return len(states) == len(self._marks) and all(map(_same, self._marks, map(_mark, states)))
 
-    def is_outdated(self, p: Tensor, state: State) -> bool:
+    def is_outdated(self, state: State) -> bool:
         """Whether the moment or the step count has changed, but not the sum beside it."""
-        before, now = self._marks.get(p), _mark(state)
-        return before is not None and before[0] is now[0] is not None and not _same(before, now)
+        before = self._by_sum.get(id(state.get(SUM)))
+        return before is not None and before[0] is not None and not _same(before, _mark(state))
 
 
 def _mark(state: State) -> tuple:
