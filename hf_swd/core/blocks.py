@@ -21,7 +21,7 @@ from .grad_norm import HALF, squared_norms, without_pending_sums
 from .moments import maximum_sum, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean, mean_of
 from .sharding import Layout, Shard
-from .state_entries import NO_STATE, SUM, StateWatch, as_saved, has_entry, read, show
+from .state_entries import NO_STATE, STEP, SUM, StateWatch, as_saved, has_entry, read, show
 
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Blocks(Protocol):
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         """The state of a `state_dict` with plain numbers."""
+
+    def remove(self) -> None:
+        """Take out of the optimizer's state what was put there."""
 
 
 class ParameterBlocks:
@@ -141,6 +144,11 @@ class ParameterBlocks:
             if p in self._shards or self._watch.is_outdated(p_state):
                 outdated.add(id(p_state))
         return as_saved(state, outdated)
+
+    def remove(self) -> None:
+        for state in self._optimizer.state.values():
+            for key in (SUM, STEP):
+                state.pop(key, None)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -293,6 +293,7 @@ class WeightDecaySchedule:
             group_state.remove(group, self._shown)
         for key in group_state.OPTIONS:
             self.optimizer.defaults.pop(key, None)
+        self._blocks.remove()
         del self.optimizer._decay_schedule
 
     def _restart(self, group: Mapping[str, Any]) -> None:

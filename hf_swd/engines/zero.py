@@ -183,6 +183,9 @@ class ZeroBlock:
     def begin_anew(self) -> None:
         """Nothing: the groups tell by themselves that they were loaded."""
 
+    def remove(self) -> None:
+        """Nothing: the entries lie in the groups."""
+
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         # Sums of flat partitions, from before the engine was attached, mean nothing.
         return as_saved(state, set(map(id, state.values())))
