@@ -34,6 +34,9 @@ __all__ = ["AdamS", "create_adams", "decay_parameter_names"]
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+_KERNEL_OPTIONS = ("lr", "eps", "amsgrad", "maximize", "foreach", "capturable", "differentiable")
+
+
 class AdamS(torch.optim.AdamW):
     r"""
     Adam with Scheduled Weight Decay.
@@ -215,29 +218,20 @@ class AdamS(torch.optim.AdamW):
                 grad_scale = inverse if grad_scale is None else grad_scale * inverse.to(grad_scale.device)
             else:
                 scale_(grads, clip)
-        beta1, beta2 = group["betas"]
-        options = {
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "amsgrad": group["amsgrad"],
-            "maximize": group["maximize"],
-            "grad_scale": grad_scale,
-            "found_inf": getattr(self, "found_inf", None),
-        }
         if isinstance(decay, Tensor) and not decay.requires_grad:
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
+        beta1, beta2 = group["betas"]
         adamw(
             *lists,
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
             fused=fused,
             has_complex=has_complex,
             weight_decay=decay,
-            **options,
+            beta1=beta1,
+            beta2=beta2,
+            grad_scale=grad_scale,
+            found_inf=getattr(self, "found_inf", None),
+            **{key: group[key] for key in _KERNEL_OPTIONS},
         )
 
     def _decay_on_device(self, params: list[Tensor], lr: float | Tensor, decay: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Layout:
     ) -> None:
         device = params[0].device if params else torch.device("cpu")
         meshes: dict[ProcessGroup, list[int]] = defaultdict(list)
-        parts: dict[ProcessGroup | None, list[int]] = defaultdict(list)
+        parts: dict[ProcessGroup | None, list[int]] = defaultdict(list, {None: []})
         sizes = []
         for i, p in enumerate(params):
             for group in _sharding_groups(p):
@@ -56,10 +56,10 @@ class Layout:
             parts[shard.group].append(i)
             sizes.append(shard.numel * (2 if p.is_complex() else 1))
         self.counts = torch.tensor(sizes, dtype=accumulation_dtype(device)).to(device)
-        self._meshes = [(group, torch.tensor(members, device=device)) for group, members in meshes.items()]
-        # One part that every rank holds needs no index.
-        whole = set(parts) <= {None}
-        self._parts = [] if whole else [(g, torch.tensor(m, device=device)) for g, m in parts.items()]
+        self._meshes, self._parts = (
+            [(group, torch.tensor(members, dtype=torch.long, device=device)) for group, members in groups.items()]
+            for groups in (meshes, parts)
+        )
         self._process_group = process_group
 
     @property
@@ -70,30 +70,21 @@ class Layout:
     @property
     def is_local(self) -> bool:
         """Whether this rank needs no other to know everything."""
-        return not (self._meshes or self._parts or self._process_group)
-
-    @property
-    def knows_whole_parameters(self) -> bool:
-        """Whether the numbers of each parameter are those of the whole parameter, and not of a `Shard`."""
-        return not self._parts
+        return not (self._meshes or self._process_group or any(group for group, _ in self._parts))
 
     def of_whole_parameters(self, values: Tensor) -> Tensor:
         """From numbers of the local parts, of shape `(params, k)`, those of the whole parameters, the same bits on
         every rank that holds a part: one all-reduce for each mesh dimension on which anything is sharded."""
         for group, members in self._meshes:
-            values = values.index_copy(0, members, _all_reduce(values[members], group))
+            values = values.index_copy(0, members, _all_reduce(values[members], group, _sum))
         return values
 
     def total(self, values: Tensor, *, largest: bool = False) -> Tensor:
         """Sum over the model (or maximum of non-negative numbers) of numbers of its parameters, of shape `(params,
         k)`: shape `(k,)`, the same bits on every rank."""
         combine = _maximum if largest else _sum
-        if not self._parts:
-            total = combine(values)
-        else:
-            parts = [(group, combine(values[members])) for group, members in self._parts]
-            total = combine(torch.stack([p if g is None else _all_reduce(p, g, largest=largest) for g, p in parts]))
-        return total if self._process_group is None else _all_reduce(total, self._process_group, largest=largest)
+        parts = [_all_reduce(combine(values[members]), group, combine) for group, members in self._parts]
+        return _all_reduce(combine(torch.stack(parts)), self._process_group, combine)
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -110,12 +101,14 @@ def _sharding_groups(param: Tensor) -> list[ProcessGroup]:
     return [mesh.get_group(dim) for dim, p in enumerate(placements) if not p.is_replicate() and mesh.size(dim) > 1]
 
 
-def _all_reduce(values: Tensor, group: ProcessGroup, *, largest: bool = False) -> Tensor:
+def _all_reduce(values: Tensor, group: ProcessGroup | None, combine: Callable[[Tensor], Tensor]) -> Tensor:
+    if group is None:
+        return values
     import torch.distributed as dist
 
     device = values.device
     if device.type == "cpu" and "gloo" not in str(dist.get_backend(group)):
         values = values.to(torch.accelerator.current_accelerator())
     values = values.clone()
-    dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+    dist.all_reduce(values, dist.ReduceOp.MAX if combine is _maximum else dist.ReduceOp.SUM, group=group)
     return values.to(device)
