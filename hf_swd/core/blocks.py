@@ -121,11 +121,11 @@ class ParameterBlocks:
 
     def begin_anew(self) -> None:
         self._params: list[Tensor] | None = None
-        self._watch = StateWatch(self._states(self._all_params()))
+        self._watch = StateWatch(self._states_of(self._all_params()))
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
-        states = self._states(params)
+        self._states = states = self._states_of(params)
         has_entries, is_new = any(map(has_entry, states)), self._params is None
         if is_new or not self._holds(params) or not self._watch.sees_the_same(states):
             self._read(params, states)
@@ -133,17 +133,21 @@ class ParameterBlocks:
             self._take_over(mean, states, has_entries)
 
     def write_back(self) -> None:
-        state = self._optimizer.state
-        self._show([state[p] if p.grad is not None else state.get(p, NO_STATE) for p in self._params])
+        new = [i for i, state in enumerate(self._states) if state is NO_STATE and self._params[i].grad is not None]
+        for i in new:
+            self._states[i] = self._optimizer.state[self._params[i]]
+        if new or self._views[0] is not self.running.sums:
+            show(self._states, self._entries())
+        self._watch = StateWatch(self._states)
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        outdated = set()
-        for p in self._all_params():
-            p_state = self._optimizer.state.get(p, NO_STATE)
-            # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
-            if p in self._shards or self._watch.is_outdated(p_state):
-                outdated.add(id(p_state))
-        return as_saved(state, outdated)
+        params = self._all_params()
+        states = self._states_of(params)
+        # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
+        hidden = [p in self._shards or old for p, old in zip(params, self._watch.outdated(states), strict=True)]
+        return as_saved(
+            state, {id(self._optimizer.state.get(p)) for p, hide in zip(params, hidden, strict=True) if hide}
+        )
 
     def remove(self) -> None:
         for state in self._optimizer.state.values():
@@ -153,7 +157,7 @@ class ParameterBlocks:
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+    def _states_of(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
         """The state of each parameter. An optimizer takes one that is not empty for complete: an empty one counts as
         none, and is not written to before the step."""
         state = self._optimizer.state
@@ -167,8 +171,8 @@ class ParameterBlocks:
             self.clipping.settle()  # what is known of the gradients is known by position
         is_trusted = [
             # Of a shard, a number from a checkpoint would be of the whole parameter.
-            not self._watch.is_outdated(state) and (p not in self._shards or isinstance(state.get(SUM), Tensor))
-            for p, state in zip(params, states, strict=True)
+            not old and (p not in self._shards or isinstance(state.get(SUM), Tensor))
+            for p, state, old in zip(params, states, self._watch.outdated(states), strict=True)
         ]
         numbers = read(states, is_trusted)
         self._params = params
@@ -183,15 +187,15 @@ class ParameterBlocks:
         self._views: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
         self._beta2: tuple[list, Tensor] | None = None
         self._index: tuple[list[int], Tensor] | None = None
-        self._show(states)
+        show(states, self._entries())
+        self._watch = StateWatch(states)
 
-    def _show(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Let the states hold views of the vectors, which follow them as long as these are changed in place."""
+    def _entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Views of the vectors, which follow them as long as these are changed in place."""
         if self._views[0] is not self.running.sums:
             views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
             self._views = self.running.sums, list(zip(*views, strict=True))
-        show(states, self._views[1])
-        self._watch = StateWatch(states)
+        return self._views[1]
 
     def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], has_entries: bool) -> None:
         """

@@ -13,7 +13,8 @@ somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import is_
 from types import MappingProxyType
 from typing import Any
 
@@ -77,25 +78,34 @@ class StateWatch:
     made of the states of all parameters."""
 
     def __init__(self, states: Sequence[State] = ()) -> None:
-        self._marks = list(map(_mark, states))
-        self._by_sum = {id(mark[0]): mark for mark in self._marks}
+        self._held, self._versions = _look_at(states)
 
     def sees_the_same(self, states: Sequence[State]) -> bool:
-        return len(states) == len(self._marks) and all(map(_same, self._marks, map(_mark, states)))
+        held, versions = _look_at(states)
+        return len(held) == len(self._held) and versions == self._versions and all(map(is_, held, self._held))
 
-    def is_outdated(self, state: State) -> bool:
-        """Whether the moment or the step count has changed, but not the sum beside it."""
-        before = self._by_sum.get(id(state.get(SUM)))
-        return before is not None and before[0] is not None and not _same(before, _mark(state))
+    def outdated(self, states: Sequence[State]) -> list[bool]:
+        """Of each state whether its moment or step count has changed, but not the sum beside it."""
+        before = {id(held[0]): (held, version) for held, version in self._by_state()}
+        found = []
+        for state in states:
+            held, version = before.get(id(state.get(SUM)), (None, None))
+            now, versions = _look_at([state])
+            found.append(held is not None and not (version == versions and all(map(is_, held, now))))
+        return found
+
+    def _by_state(self) -> Iterator[tuple[list[Any], list[int]]]:
+        """What is held of each state that has a sum."""
+        count = len(self._held) // 3
+        for i in range(count):
+            if self._held[i] is not None:
+                yield self._held[i::count], self._versions[i::count]
 
 
-def _mark(state: State) -> tuple:
-    moment, step = state.get("exp_avg_sq"), state.get("step")
-    return state.get(SUM), moment, step, getattr(moment, "_version", 0), getattr(step, "_version", 0)
-
-
-def _same(before: tuple, now: tuple) -> bool:
-    return before[0] is now[0] and before[1] is now[1] and before[2] is now[2] and before[3:] == now[3:]
+def _look_at(states: Sequence[State]) -> tuple[list[Any], list[int]]:
+    """All sums, all moments and all step counts; and the versions of what may be written to in place."""
+    held = [state.get(key) for key in (SUM, "exp_avg_sq", "step") for state in states]
+    return held, [getattr(value, "_version", 0) for value in held[len(states) :]]
 
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:
