@@ -476,7 +476,10 @@ class MirroredRun:
     def pop_entries(self, p: Parameter, names: Sequence[str] = ("second_moment_sum", "second_moment_step")) -> None:
         """Remove the schedule's own entries; Adam's stay."""
         state = self.optimizer.state.get(p, {})
-        if any([state.pop(key, None) is not None for key in names]):
+        present = [key for key in names if key in state]
+        for key in present:
+            del state[key]
+        if present:
             self._rebuilt(p)
 
     def _rebuilt(self, p: Parameter) -> None:
@@ -493,7 +496,10 @@ class MirroredRun:
     def copied(self, way: str) -> None:
         """Go on with a copy of the optimizer and its parameters (`"deepcopy"` or `"pickle"`)."""
         if self.owner == "adamw" and self._dirty:
-            self.optimizer.state_dict()  # nobody tells a ScheduledWeightDecay that its optimizer is copied
+            # Nobody tells a ScheduledWeightDecay that its optimizer is copied: what was edited must have been seen in a step.
+            self.give(self.random_gradients(len(self.params), 0.1))
+            self.clip(1.0)
+            self.step()
         optimizer = copy.deepcopy(self.optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(self.optimizer))
         self._adopt(optimizer)
         self.compare_schedule_of_copy()
@@ -567,7 +573,7 @@ class MirroredRun:
     def _build_for(self, saved: Checkpoint, options: dict[str, Any]) -> None:
         params = [[Parameter(p.clone()) for p in group] for group in saved.params]
         optimizer, schedule = self.build([{"params": group} for group in params], **options)
-        self.hyper = {**self.hyper, **{k: v for k, v in options.items() if k in self.hyper}}
+        self.hyper.update({key: value for key, value in options.items() if key not in self.schedule_options})
         self.schedule_options = {key: options.get(key, value) for key, value in self.schedule_options.items()}
         self._adopt(optimizer, schedule)
 
