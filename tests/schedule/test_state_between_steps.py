@@ -150,8 +150,10 @@ class TestHyperparameters:
         go_on(run)
         state_dict = run.save().state_dict
         for saved, value in zip(state_dict["param_groups"], (0.01, 0.05), strict=True):
-            assert saved["weight_decay"] == value
-            assert not {"initial_weight_decay", "scheduled_weight_decay"} & set(saved)
+            decays = {
+                saved.get(key, value) for key in ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
+            }
+            assert decays == {value}
             assert type(saved["schedule_step"]) is int and saved["schedule_step"] == 3
             for key in ("second_moment_mean", "num_elements", "reference_rms"):
                 assert type(saved[key]) is float, key
@@ -623,27 +625,37 @@ class TestCheckpointsOf01:
         run.optimizer.load_state_dict(old)
         assert run.optimizer.state_dict()["param_groups"][0]["weight_decay"] == 0.3
 
-    @pytest.mark.parametrize("why", ["bfloat16", "float16", "unclipped_norm", "no_second_moment"])
+    @pytest.mark.parametrize(
+        "missing", [lambda step: (), lambda step: {0} if step == 3 else ()], ids=["all_gradients", "missing"]
+    )
+    @pytest.mark.parametrize("why", ["bfloat16", "float16", "unclipped_norm"])
     @owners
-    def test_refused_where_the_sums_cannot_be_rebuilt(self, owner, why):
-        dtype = getattr(torch, why, torch.float32) if why.startswith(("bf", "fl")) else torch.float32
+    def test_without_the_sums_it_continues_as_it_was_or_is_refused(self, owner, why, missing):
+        """Adam's moments do not add up to what the schedule had seen: they were rounded, or are of other gradients."""
+        dtype = torch.float32 if why == "unclipped_norm" else getattr(torch, why)
         run = run_of(owner, [{"params": params(dtype=dtype)}], unclipped_norm=why == "unclipped_norm")
-        for step in range(3):
-            run.give(run.random_gradients(step))
-            run.clip(0.5)
-            run.optimizer.step()
-            run.reference.step([[run.seen[p] for p in run.params]], [[run.before[p] for p in run.params]])
-        run._forget_gradients()
+
+        def step(number):
+            run.give(run.random_gradients(number, 0.1 + number % 3, missing=missing(number)))
+            if why == "unclipped_norm":
+                run.clip(0.5)
+            run.step()
+
+        for number in range(4):
+            step(number)
         old = self.old_format(run, run.optimizer.state_dict())
-        if why == "no_second_moment":
-            for state in old["state"].values():
-                del state["exp_avg_sq"]
-        before = [as_real64(p) for p in run.params]
+        old["param_groups"][0]["num_elements"] = float(
+            sum(p.numel() for i, p in enumerate(run.params) if i not in missing(3))
+        )
 
-        with pytest.raises((RuntimeError, ValueError), match=r"0\.1"):
-            run.optimizer.load_state_dict(old)
-
-        assert all(torch.equal(as_real64(p), q) for p, q in zip(run.params, before, strict=True))
-        run.give(run.random_gradients(9))
-        run.clip(0.5)
-        run.step()  # and goes on as if nothing had happened
+        fresh, schedule = run.build([{"params": [Parameter(p.detach().clone()) for p in run.params]}])
+        try:
+            fresh.load_state_dict(through_file(old))
+        except (RuntimeError, ValueError) as error:
+            assert "0.1" in str(error)
+            with pytest.raises((RuntimeError, ValueError)):
+                run.optimizer.load_state_dict(old)
+        else:
+            run.optimizer, run.schedule = fresh, schedule
+        for number in range(4, 8):
+            step(number)
