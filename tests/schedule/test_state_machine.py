@@ -236,8 +236,9 @@ class StateMachine(RuleBasedStateMachine):
 
     @rule(number=numbers, names=st.sampled_from(ENTRIES))
     def pop_entries(self, number, names):
-        # In low precision it matters whether a sum without its step is believed; either is right.
-        self.run.pop_entries(self.pick(number), ENTRIES[0] if self.run.low_precision else names)
+        # Whether a sum without its step is believed matters where moments do not tell what it was; either is right.
+        differ = self.run.low_precision or self.run.reference.unclipped_norm
+        self.run.pop_entries(self.pick(number), ENTRIES[0] if differ else names)
 
     # Copies and checkpoints
 
@@ -325,7 +326,7 @@ def judge(**profile) -> None:
 
 
 def test_random_sequences():
-    judge(max_examples=150, stateful_step_count=30, derandomize=True)
+    judge(max_examples=500, stateful_step_count=30, derandomize=True)
 
 
 @pytest.mark.slow
