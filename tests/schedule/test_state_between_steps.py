@@ -189,12 +189,13 @@ class TestState:
         run.clear_state()
         go_on(run)
 
-    @pytest.mark.parametrize("then", ["step", "clip", "save", "load", "move", "copy", "no gradients"])
-    def test_scaled_in_place(self, owner, path, then):
+    @pytest.mark.parametrize("then", ["step", "clip", "save", "load", "move", "copy", "no gradients", "new key"])
+    @pytest.mark.parametrize("replace", [False, True], ids=["in_place", "replaced"])
+    def test_scaled(self, owner, path, then, replace):
         """Whatever looks at the state first after the change, the number beside the moment is no longer its sum."""
         run = run_of(owner, path=path)
         go_on(run)
-        run.scale_state(run.params[0], 0.25)
+        run.scale_state(run.params[0], 0.25, replace=replace)
         if then == "clip":
             run.give(run.random_gradients(77, 0.1))
             run.clip(0.2)
@@ -208,8 +209,10 @@ class TestState:
             run.move(run.params[1], 1)
         elif then == "copy":
             run.copied("deepcopy")
+        elif then == "new key":
+            run.replace(run.params[0], Parameter(run.params[0].detach().clone()), keep_state=True)
         elif then == "no gradients":
-            run.step()
+            run.look()
             run.load(run.save())
         go_on(run)
 

@@ -226,9 +226,11 @@ class StateMachine(RuleBasedStateMachine):
     def clear_state(self):
         self.run.clear_state()
 
-    @rule(number=numbers, factor=st.sampled_from([0.25, 4.0]))
-    def scale_state(self, number, factor):
-        self.run.scale_state(self.pick(number), factor)
+    @rule(number=numbers, factor=st.sampled_from([0.25, 4.0]), replace=st.booleans(), look=st.booleans())
+    def scale_state(self, number, factor, replace, look):
+        self.run.scale_state(self.pick(number), factor, replace=replace)
+        if look:
+            self.run.look()
 
     @rule(number=numbers, step=st.integers(1, 20))
     def set_step(self, number, step):

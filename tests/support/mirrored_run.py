@@ -352,8 +352,7 @@ class MirroredRun:
     def clear_groups_and_add_them_anew(self) -> None:
         """The same parameters in new groups; their state stays."""
         if self._written:  # numbers in groups that nobody has looked at are gone with them
-            self._forget_gradients()
-            self.step()
+            self.look()
         self._edited()
         keys = ("lr", "betas", "weight_decay", "amsgrad", "maximize", "eps")
         new = [{key: group[key] for key in keys} for group in self.reference.groups]
@@ -379,8 +378,7 @@ class MirroredRun:
     def _decide(self) -> None:
         """Have another optimizer's steps counted before they are gone: it is open when between two steps the schedule looks for them."""
         if self.reference.steps == 0 and any(s["v"].any() for s in self.states):
-            self._forget_gradients()
-            self.step()
+            self.look()
 
     def _locate(self, p: Parameter) -> tuple[int, int]:
         for i, group in enumerate(self.groups):
@@ -394,6 +392,7 @@ class MirroredRun:
         self._edited()
         self.seen.pop(p, None)
         self.before.pop(p, None)
+        p.grad = None
         return self.optimizer.state.pop(p, {})
 
     def add_param(self, index: int, p: Parameter) -> None:
@@ -462,17 +461,25 @@ class MirroredRun:
         for s in self.states:
             self._reset(s)
 
-    def scale_state(self, p: Parameter, factor: float) -> None:
-        """Scale the second moment in place (and the maximum, which must not be below it)."""
+    def scale_state(self, p: Parameter, factor: float, *, replace: bool = False) -> None:
+        """Scale the second moment (and the maximum, which must not be below it) in place, or put others in their places."""
         state, s = self.optimizer.state.get(p, {}), self._state_of(p)
         if "exp_avg_sq" not in state:
             return
         self._dirty = True
         for name in ("v", "v_max"):
-            if MOMENTS[name] in state:
-                state[MOMENTS[name]].mul_(factor)
+            key = MOMENTS[name]
+            if key in state and replace:
+                state[key] = state[key] * factor
+            elif key in state:
+                state[key].mul_(factor)
             s[name] = s[name] * factor
         self._rebuilt(p)
+
+    def look(self) -> None:
+        """A step without gradients, at which the schedule sees what was edited, and changes nothing."""
+        self._forget_gradients()
+        self.step()
 
     def set_step(self, p: Parameter, step: int) -> None:
         self._decide()
