@@ -318,6 +318,7 @@ COMMON = {
     "database": None,
     "suppress_health_check": list(HealthCheck),
     "print_blob": False,
+    "report_multiple_bugs": False,
 }
 
 
