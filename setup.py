@@ -32,6 +32,7 @@ extras["test"] = [
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "expecttest>=0.2",  # torch.testing._internal imports it
+    "torchao>=0.18",
     "trl>=0.25",
     "peft>=0.17",
     "optuna>=4.0",

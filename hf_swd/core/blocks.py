@@ -19,7 +19,7 @@ from . import group_state
 from .clipping import Clipping
 from .grad_norm import HALF, squared_norms, without_pending_sums
 from .moments import maximum_sum, moment_sums, second_moment
-from .recurrence import Measured, RunningSums, SecondMomentMean, mean_of
+from .recurrence import Measured, RunningSums, SecondMomentMean
 from .sharding import Layout, Shard
 from .state_entries import NO_STATE, STEP, SUM, StateWatch, as_saved, has_entry, read, show
 
@@ -63,6 +63,9 @@ class Blocks(Protocol):
 
     def begin_anew(self) -> None:
         """A checkpoint was loaded: what is known of the state no longer holds."""
+
+    def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+        """Raise a `RuntimeError` if a checkpoint lacks what nothing else in it tells."""
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         """The state of a `state_dict` with plain numbers."""
@@ -126,11 +129,27 @@ class ParameterBlocks:
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
         self._states = states = self._states_of(params)
-        has_entries, is_new = any(map(has_entry, states)), self._params is None
+        is_new = self._params is None
         if is_new or not self._holds(params) or not self._watch.sees_the_same(states):
             self._read(params, states)
-        if is_new or loaded is not None:
-            self._take_over(mean, states, has_entries)
+        if (is_new or loaded is not None) and mean.step == 0:
+            # After another optimizer's moments, its steps count.
+            last_step = self.total(self.running.steps.unsqueeze(1), largest=True).squeeze(0)
+            has_moments = self.total(self.running.sums.unsqueeze(1)).squeeze(0) > 0
+            mean.step = torch.where(has_moments, last_step, 0.0)
+
+    def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+        states = [values for values in state.values() if isinstance(values, Mapping)]
+        if not any(map(group_state.has_effective_decay, groups)) or any(map(has_entry, states)):
+            return
+        moments = [second_moment(values) for values in states]
+        clipped = any(group.get("unclipped_norm") for group in groups)
+        if clipped or any(moment is None or moment.dtype in HALF for moment in moments):
+            raise RuntimeError(
+                "state_dict: this checkpoint of hf_swd 0.1 cannot be gone on with. It lacks the sums of the second "
+                "moment, which moments in half precision, of clipped gradients (unclipped_norm), or none at all do "
+                "not tell. Resume with hf_swd 0.1, or load the weights alone"
+            )
 
     def write_back(self) -> None:
         new = [i for i, state in enumerate(self._states) if state is NO_STATE and self._params[i].grad is not None]
@@ -196,49 +215,6 @@ class ParameterBlocks:
             views = (vector.detach().unbind() for vector in (self.running.sums, self.running.steps))
             self._views = self.running.sums, list(zip(*views, strict=True))
         return self._views[1]
-
-    def _take_over(self, mean: SecondMomentMean, states: Sequence[Mapping[str, Any]], has_entries: bool) -> None:
-        """
-        Bring numbers of the model that have just been loaded, and the sums, together.
-
-        After another optimizer's moments, its steps count. Where a checkpoint has the mean but no sums (FSDP1; hf_swd
-        0.1), sums rebuilt from moments in half precision, or of clipped gradients, are not the truth; by how much is
-        known if the mean was over all of them.
-
-        Raises:
-            RuntimeError: it is not known.
-        """
-        running, groups = self.running, self._optimizer.param_groups
-        last_step = self.total(running.steps.unsqueeze(1), largest=True).squeeze(0)
-        if mean.step == 0:
-            has_moments = self.total(running.sums.unsqueeze(1)).squeeze(0) > 0
-            mean.step = torch.where(has_moments, last_step, 0.0)
-            return
-        moments = [second_moment(state) for state in states]
-        exact = not group_state.read(groups, "unclipped_norm") and not any(
-            m is not None and m.dtype in HALF for m in moments
-        )
-        # Ranks with other parameters must find the same.
-        facts = running.sums.new_tensor([[has_entries, not exact]]).expand(len(states), 2)
-        entries, inexact = self.total(facts).tolist()
-        if entries or not mean.mean > 0:
-            return
-        known, num_elements = mean_of(
-            running.sums, running.steps, running.counts, self.beta2(), running.steps > 0, self.total
-        )
-        if num_elements == 0:  # the optimizer keeps no second moment: every parameter gets its share of the mean
-            running.steps.copy_(mean.step * running.steps.new_tensor([len(state) > 0 for state in states]))
-            running.sums.copy_(mean.mean * running.counts * (1 - self.beta2().pow(running.steps)))
-        elif inexact:
-            amsgrad = any(group.get("amsgrad") for group in groups)
-            if last_step == mean.step and num_elements == mean.num_elements and not amsgrad and known > 0:
-                running.sums.mul_(mean.mean / known)
-            elif not self._shards:
-                raise RuntimeError(
-                    "this checkpoint of hf_swd 0.1 cannot be gone on with: moments in half precision, or of clipped "
-                    "gradients (unclipped_norm), do not tell the sums that it lacks. Resume with hf_swd 0.1, or load "
-                    "the weights alone"
-                )
 
     # One step
 

@@ -68,10 +68,9 @@ class Clipping:
         self._last = _Clipped(grads, measured, factor if defer else None) if grads else None
 
     def settle(self) -> None:
-        """Do what a deferred clipping has left to do, while its gradients are still known."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.settle()
+        """Do what a deferred clipping has left to do, before something else becomes of its gradients."""
+        if self._last is not None and self._last.settle():
+            self._last = None
 
     def take(self, grads: Sequence[Tensor]) -> Measured | None:
         """
@@ -138,11 +137,17 @@ class _Clipped:
             grad = grad.reshape(-1)[:: grad.numel() // _SAMPLE]
         return squared_norms([grad])
 
-    def settle(self) -> None:
-        """Scale the gradients now, if that is due and they are still there, unchanged."""
-        grads = [reference() for reference in self._references]
-        if self.due is not None and self.is_of(grads):
+    def settle(self) -> bool:
+        """Scale those gradients that are still there, if that is due; `False` if one was written to, which a step will
+        complain of."""
+        known = zip(self._references, self._versions, strict=True)
+        left = [(grad, version) for reference, version in known if (grad := reference()) is not None]
+        grads = [grad for grad, _ in left]
+        if self.due is not None:
+            if _versions(grads) != [version for _, version in left]:
+                return False
             scale_(grads, self.due)
+        return True
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

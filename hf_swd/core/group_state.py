@@ -29,6 +29,7 @@ __all__ = [
     "adopt_assignment",
     "as_saved",
     "complete",
+    "has_effective_decay",
     "numbers_from_elsewhere",
     "read",
     "remove",
@@ -129,6 +130,11 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iter
         rest = {**{key: mine[key] for key in OPTIONS}, **dict.fromkeys(keys, 0)} if foreign else {}
         groups.append({**group, **rest, **dict.fromkeys(_DECAYS, decay)})
     return groups
+
+
+def has_effective_decay(group: Mapping[str, Any]) -> bool:
+    """Whether a saved group is as it was in memory, with the effective decay in `weight_decay`."""
+    return _MARK in group and _is_scheduled(group) and group["weight_decay"] != group.get("initial_weight_decay")
 
 
 def _is_scheduled(group: Group) -> bool:

@@ -325,6 +325,7 @@ class WeightDecaySchedule:
         return {**self._save_groups(state_dict), "state": self._blocks.saved_state(state_dict["state"])}
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._blocks.check_loadable(state_dict["param_groups"], state_dict["state"])
         self._complete_groups()
         groups = group_state.adapted_for_loading(self._groups, state_dict["param_groups"], self._shown)
         return {**state_dict, "param_groups": groups}

@@ -12,7 +12,7 @@ import importlib.metadata
 import math
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,9 @@ class ZeroBlock:
 
     def begin_anew(self) -> None:
         """Nothing: the groups tell by themselves that they were loaded."""
+
+    def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+        """Nothing: from the mean in the groups follows the sum."""
 
     def remove(self) -> None:
         """Nothing: the entries lie in the groups."""

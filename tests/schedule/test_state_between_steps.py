@@ -1,13 +1,14 @@
 """What happens to groups and state between two steps, one thing at a time; the state machine draws sequences of them.
 
-The next decay is what the two-pass algorithm gives on the state that the optimizer holds then, and a run that goes on from a checkpoint is
-the uninterrupted one, bit for bit.
+The next decay is what the two-pass algorithm gives on the state that the optimizer holds then, and a run that goes on
+from a checkpoint is the uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import shutil
 import warnings
 
 import pytest
@@ -490,7 +491,8 @@ def test_adamw_runs_a_checkpoint_with_the_users_lambda(owner):
 @every_kernel
 @owners
 def test_amsgrad_in_float16_whose_moments_underflow(owner, path):
-    """(1 - beta2) g^2 of gradients of 1e-4 is 1e-11, and float16 ends at 6e-8: its maximum is 0, the gradients' sum is not."""
+    """(1 - beta2) g^2 of gradients of 1e-4 is 1e-11, and float16 ends at 6e-8: its maximum is 0, the gradients' sum is
+    not."""
     run = run_of(owner, [{"params": params(dtype=torch.float16)}], path=path, amsgrad=True)
     for step in range(6):
         run.give(run.random_gradients(step, 1e-4))
@@ -512,6 +514,13 @@ def torchao_optimizer(name: str):
     return getattr(torchao.optim, name)
 
 
+# torchao's step goes through torch.compile.
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 def test_low_bit_adamw_of_torchao_resumes_exactly(name):
     """Their states have no operators of their own, a sum for instance; they can be widened."""
@@ -544,6 +553,7 @@ def test_low_bit_adamw_of_torchao_resumes_exactly(name):
             assert torch.equal(p, q)
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 def test_low_bit_moments_are_taken_over_from_another_optimizer(name):
     """Without entries: the sum is that of the widened moment."""

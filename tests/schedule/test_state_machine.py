@@ -1,8 +1,8 @@
 """The judge of the schedule's state: random sequences of whatever can happen to an optimizer between its steps.
 
-After every step the effective decay of each group, grad_rms, the step count and the weights are those of the reference, which is in
-float64, takes every mean over all elements, and keeps its moments parameter by parameter. `tests/support/mirrored_run.py` says what each
-operation is; here are the sequences. The long run
+After every step the effective decay of each group, grad_rms, the step count and the weights are those of the
+reference, which is in float64, takes every mean over all elements, and keeps its moments parameter by parameter.
+`tests/support/mirrored_run.py` says what each operation is; here are the sequences. The long run
 (marker `slow`; HF_SWD_STATE_MACHINE_EXAMPLES sets its length) draws new ones each time.
 """
 
@@ -96,7 +96,8 @@ class StateMachine(RuleBasedStateMachine):
         return number % len(self.run.groups)
 
     def all_but_one(self, missing: set[int]) -> set[int]:
-        """Without the first position that has elements: AdamW's moments are not all zero (which step would be theirs?)."""
+        """Without the first position that has elements: AdamW's moments are not all zero (which step would be
+        theirs?)."""
         with_elements = [i for i, p in enumerate(self.run.params) if p.numel()]
         assume(with_elements)
         return missing - {with_elements[0]}

@@ -1,7 +1,8 @@
-"""An optimizer with a schedule and the reference, taken through the same edits: steps, clipping, groups, state, copies, checkpoints.
+"""An optimizer with a schedule and the reference, taken through the same edits: steps, clipping, groups, state,
+copies, checkpoints.
 
-Every operation is applied to both. The optimizer gets it as a user (or an engine) would write it; the reference moves its float64
-moments, which are kept parameter by parameter, and knows nothing of sums, caches or entries.
+Every operation is applied to both. The optimizer gets it as a user (or an engine) would write it; the reference moves
+its float64 moments, which are kept parameter by parameter, and knows nothing of sums, caches or entries.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Group = dict[str, Any]
 
 HALF = (torch.float16, torch.bfloat16)
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
-# float64: two summations of the same numbers, a few hundred steps long. float32: the norm, the kernels and a rebuilt sum each round to
-# 1e-7 or so a step. Low precision: Adam's own moments say nothing, but the sums are taken of the gradients, in float64.
+# float64: two summations of the same numbers, a few hundred steps long. float32: the norm, the kernels and a rebuilt
+# sum each round to 1e-7 or so a step. Low precision: Adam's own moments say nothing, but the sums are taken of the
+# gradients, in float64.
 RTOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 # Where a clipped gradient of low precision was rounded, or AMSGrad's maxima were.
 LOOSE_RTOL = 2e-2
@@ -49,7 +51,8 @@ def _norm(gradients: dict[Parameter, Tensor]) -> float:
 
 
 class Reference(ReferenceAdamS):
-    """The reference; `measured` holds sums (by id of a parameter's state) that are known from moments of low precision."""
+    """The reference; `measured` holds sums (by id of a parameter's state) that are known from moments of low
+    precision."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +66,8 @@ class Reference(ReferenceAdamS):
 
 @dataclass
 class Checkpoint:
-    """What was saved of a run: `state_dict` as a user saves it, `raw_*` as an engine does that knows only groups and state."""
+    """What was saved of a run: `state_dict` as a user saves it, `raw_*` as an engine does that knows only groups and
+    state."""
 
     state_dict: dict
     schedule: dict | None
@@ -107,7 +111,7 @@ class MirroredRun:
         self._dirty = False  # edited since the schedule has looked last
         self._written = False  # the groups, too
         self._forget_gradients()
-        self._shown = False  # whether group["weight_decay"] is what the reference says, because nothing was assigned since the step
+        self._shown = False  # whether group["weight_decay"] is the reference's: nothing was assigned since the step
 
     def build(self, groups: list[Group], **options: Any) -> tuple[torch.optim.Optimizer, Any]:
         """An optimizer and its schedule, as this run's were built but for `options`."""
@@ -228,7 +232,8 @@ class MirroredRun:
     # A step
 
     def step(self, *, closure: bool = False) -> None:
-        """One step of both, compared; or, where a step must not be made of these gradients, a clear error that leaves the weights."""
+        """One step of both, compared; or, where a step must not be made of these gradients, a clear error that leaves
+        the weights."""
         must_raise, may_raise = self._expected_errors()
         self._written = False
         before = self.snapshot()
@@ -310,7 +315,8 @@ class MirroredRun:
                 actual = as_real64(p)
                 assert actual.isfinite().all(), f"parameter {j} of group {i} is not finite"
                 if p.numel():
-                    # Weights are of order 1; where they were decayed to nothing, it is their former size that was rounded.
+                    # Weights are of order 1; where they were decayed to nothing, it is their former size that was
+                    # rounded.
                     deviation = ((actual - expected).abs().max() / max(1.0, expected.abs().max().item())).item()
                     assert deviation <= self.rtol, f"parameter {j} of group {i}: {deviation:.2e}"
 
@@ -383,7 +389,8 @@ class MirroredRun:
             group.update({"foreach": None, "fused": None, **path})
 
     def _decide(self) -> None:
-        """Have another optimizer's steps counted before they are gone: it is open when between two steps the schedule looks for them."""
+        """Have another optimizer's steps counted before they are gone: it is open when between two steps the schedule
+        looks for them."""
         if self.reference.steps == 0 and any(s["v"].any() for s in self.states):
             self.look()
 
@@ -435,7 +442,8 @@ class MirroredRun:
             self.reference.groups[index][key].append(self.reference.groups[i][key].pop(j))
 
     def replace(self, p: Parameter, new: Parameter, *, keep_state: bool) -> None:
-        """Another parameter in the place of one; with `keep_state` it is the same one, moved (as `model.to` may do)."""
+        """Another parameter in the place of one; with `keep_state` it is the same one, moved (as `model.to` may
+        do)."""
         self._decide()
         i, j = self._locate(p)
         state = self._drop(p)
@@ -469,7 +477,8 @@ class MirroredRun:
             self._reset(s)
 
     def scale_state(self, p: Parameter, factor: float, *, replace: bool = False) -> None:
-        """Scale the second moment (and the maximum, which must not be below it) in place, or put others in their places."""
+        """Scale the second moment (and the maximum, which must not be below it) in place, or put others in their
+        places."""
         state, s = self.optimizer.state.get(p, {}), self._state_of(p)
         if "exp_avg_sq" not in state:
             return
@@ -520,7 +529,8 @@ class MirroredRun:
     def copied(self, way: str) -> None:
         """Go on with a copy of the optimizer and its parameters (`"deepcopy"` or `"pickle"`)."""
         if self.owner == "adamw" and self._dirty:
-            # Nobody tells a ScheduledWeightDecay that its optimizer is copied: what was edited must have been seen in a step.
+            # Nobody tells a ScheduledWeightDecay that its optimizer is copied: what was edited must have been seen in
+            # a step.
             self.give(self.random_gradients(len(self.params), 0.1))
             self.clip(1.0)
             self.step()
@@ -577,7 +587,8 @@ class MirroredRun:
             saved: if it does not fit the present groups, an optimizer is built that it fits.
             fresh: into a new optimizer on new parameters.
             weights: also go back to the weights that were saved.
-            schedule: when to call `ScheduledWeightDecay.load_state_dict`: `"before"` or `"after"` the optimizer's, or `"none"`.
+            schedule: when to call `ScheduledWeightDecay.load_state_dict`: `"before"` or `"after"` the optimizer's, or
+            `"none"`.
             options: of the new optimizer, where it is built in another way than the old one.
         """
         if fresh or options or not self.fits(saved):
@@ -622,7 +633,8 @@ class MirroredRun:
         Args:
             saved: it must fit the present groups.
             raw: the groups are those that the optimizer held, not those of its `state_dict()`.
-            in_place: copy Adam's moments into those that are there, which must exist; else replace each parameter's state.
+            in_place: copy Adam's moments into those that are there, which must exist; else replace each parameter's
+            state.
         """
         self._edited()
         for group, old in zip(self.groups, saved.raw_groups if raw else saved.state_dict["param_groups"], strict=True):
