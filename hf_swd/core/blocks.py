@@ -37,11 +37,12 @@ class Blocks(Protocol):
 
     running: RunningSums
     clipping: Clipping
-    group_entries: Mapping[str, Tensor]
+    group_entries: Mapping[str, Tensor] = {}
     """What the parameter groups hold beside the numbers of the whole model."""
 
     def begins_step(self) -> bool:
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
+        return True
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         """Make the running sums those of the optimizer's state. `loaded`: the group that `mean` is from, if new."""
@@ -58,6 +59,9 @@ class Blocks(Protocol):
     def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
         """Clip the gradients to a total norm, and return what it was: 0-d."""
 
+    def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The state of a `state_dict` with plain numbers."""
+
     def write_back(self) -> None:
         """After the step: let the optimizer's state hold the running sums."""
 
@@ -67,14 +71,11 @@ class Blocks(Protocol):
     def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
         """Raise a `RuntimeError` if a checkpoint lacks what nothing else in it tells."""
 
-    def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The state of a `state_dict` with plain numbers."""
-
     def remove(self) -> None:
         """Take out of the optimizer's state what was put there."""
 
 
-class ParameterBlocks:
+class ParameterBlocks(Blocks):
     """
     One block for each parameter; its running sum lies in `optimizer.state[p]`.
 
@@ -84,8 +85,6 @@ class ParameterBlocks:
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
         shards (`Mapping[Tensor, Shard]`, *optional*): parameters that are divided among ranks without being DTensors.
     """
-
-    group_entries: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class ParameterBlocks:
         self._reference = weakref.ref(optimizer)
         self._fixed_beta2 = beta2
         self.process_group = process_group
-        self._shards = shards or {}
+        self.shards = shards or {}
         self.clipping = Clipping()
         self.begin_anew()
 
@@ -110,15 +109,9 @@ class ParameterBlocks:
             self._optimizer, beta2=self._fixed_beta2, process_group=process_group or self.process_group, shards=shards
         )
 
-    def knows_shard(self, p: Tensor) -> bool:
-        return p in self._shards
-
     @property
     def _optimizer(self) -> Optimizer:
         return self._reference()
-
-    def begins_step(self) -> bool:
-        return True
 
     # The optimizer's state
 
@@ -163,7 +156,7 @@ class ParameterBlocks:
         params = self._all_params()
         states = self._states_of(params)
         # A shard's sum is no sum of the parameter, and would be taken for one on every rank.
-        hidden = [p in self._shards or old for p, old in zip(params, self._watch.outdated(states), strict=True)]
+        hidden = [p in self.shards or old for p, old in zip(params, self._watch.outdated(states), strict=True)]
         return as_saved(
             state, {id(self._optimizer.state.get(p)) for p, hide in zip(params, hidden, strict=True) if hide}
         )
@@ -190,12 +183,12 @@ class ParameterBlocks:
             self.clipping.settle()  # what is known of the gradients is known by position
         is_trusted = [
             # Of a shard, a number from a checkpoint would be of the whole parameter.
-            not old and (p not in self._shards or isinstance(state.get(SUM), Tensor))
+            not old and (p not in self.shards or isinstance(state.get(SUM), Tensor))
             for p, state, old in zip(params, states, self._watch.outdated(states), strict=True)
         ]
         numbers = read(states, is_trusted)
         self._params = params
-        self._layout = Layout(params, self._shards, self.process_group)
+        self._layout = Layout(params, self.shards, self.process_group)
         counts = self._layout.counts
         sums, steps = (torch.tensor(vector, dtype=counts.dtype).to(counts.device) for vector in numbers[:2])
         if moments := numbers[2]:

@@ -54,11 +54,7 @@ class WeightDecaySchedule:
 
     Args:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
-        beta2 (`float`, *optional*): decay rate of the second moment; by default `betas[1]` of each parameter group.
-        reference_steps (`int`, defaults to 0): with K > 0 the decay is lambda itself before step K, and from then on
-            relative to the gradient rms of step K.
-        unclipped_norm (`bool`, defaults to `False`): follow the norm that the gradients had before clipping.
-        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
+        beta2, reference_steps, unclipped_norm, process_group: see [`ScheduledWeightDecay`].
         decay_on_host (`bool`, *optional*): whether the optimizer takes the decay as a number, for which the host must
             wait for an accelerator; by default if the weights are on the CPU.
 

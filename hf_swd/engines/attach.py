@@ -102,7 +102,7 @@ def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule) 
     params = [p for group in optimizer.param_groups for p in group["params"]]
     originals = [p for reference in schedule._model_params if (p := reference()) is not None]
     zero = any(map(is_zero_parameter, originals))
-    fsdp = any(is_fsdp1_shard(p) and not schedule._blocks.knows_shard(p) for p in params)
+    fsdp = any(is_fsdp1_shard(p) and p not in schedule._blocks.shards for p in params)
     if not (zero or fsdp):
         _seen_whole.add(schedule)
     elif any(p.grad is not None and p.grad.any() for p in params):

@@ -12,7 +12,7 @@ import importlib.metadata
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import group_state
+from ..core.blocks import Blocks
 from ..core.clipping import Clipping
 from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
@@ -82,9 +83,9 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-class ZeroBlock:
+class ZeroBlock(Blocks):
     """
-    The model as ZeRO 1, 2, 3 and `BF16_Optimizer` know it: one block (a [`Blocks`] of the schedule).
+    The model as ZeRO 1, 2, 3 and `BF16_Optimizer` know it: one block.
 
     Args:
         zero_optimizer: DeepSpeed's wrapper around the optimizer (`engine.optimizer`).
@@ -179,15 +180,6 @@ class ZeroBlock:
             "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its "
             "config (max_grad_norm of a Trainer does) instead of calling clip_grad_norm_"
         )
-
-    def begin_anew(self) -> None:
-        """Nothing: the groups tell by themselves that they were loaded."""
-
-    def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
-        """Nothing: from the mean in the groups follows the sum."""
-
-    def remove(self) -> None:
-        """Nothing: the entries lie in the groups."""
 
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         # Sums of flat partitions, from before the engine was attached, mean nothing.
