@@ -13,7 +13,7 @@ somebody else (AdamW) has trained in between, and Adam's moments tell the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -81,31 +81,30 @@ class StateWatch:
         self._held, self._versions = _look_at(states)
 
     def sees_the_same(self, states: Sequence[State]) -> bool:
-        held, versions = _look_at(states)
-        return len(held) == len(self._held) and versions == self._versions and all(map(is_, held, self._held))
+        return _same(_look_at(states), (self._held, self._versions))
 
     def outdated(self, states: Sequence[State]) -> list[bool]:
         """Of each state whether its moment or step count has changed, but not the sum beside it."""
-        before = {id(held[0]): (held, version) for held, version in self._by_state()}
-        found = []
-        for state in states:
-            held, version = before.get(id(state.get(SUM)), (None, None))
-            now, versions = _look_at([state])
-            found.append(held is not None and not (version == versions and all(map(is_, held, now))))
-        return found
-
-    def _by_state(self) -> Iterator[tuple[list[Any], list[int]]]:
-        """What is held of each state that has a sum."""
         count = len(self._held) // 3
-        for i in range(count):
-            if self._held[i] is not None:
-                yield self._held[i::count], self._versions[i::count]
+        positions = {id(total): i for i, total in enumerate(self._held[:count]) if total is not None}
+        known = [positions.get(id(state.get(SUM))) for state in states]
+        return [
+            i is not None and not _same(_look_at([state]), (self._held[i::count], self._versions[i::count]))
+            for i, state in zip(known, states, strict=True)
+        ]
 
 
-def _look_at(states: Sequence[State]) -> tuple[list[Any], list[int]]:
+Look = tuple[list[Any], list[int]]
+
+
+def _look_at(states: Sequence[State]) -> Look:
     """All sums, all moments and all step counts; and the versions of what may be written to in place."""
     held = [state.get(key) for key in (SUM, "exp_avg_sq", "step") for state in states]
     return held, [getattr(value, "_version", 0) for value in held[len(states) :]]
+
+
+def _same(look: Look, other: Look) -> bool:
+    return len(look[0]) == len(other[0]) and look[1] == other[1] and all(map(is_, look[0], other[0]))
 
 
 def _numbers(values: Sequence[Tensor | float]) -> list[float]:
