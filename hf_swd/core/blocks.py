@@ -21,7 +21,7 @@ from .grad_norm import HALF, squared_norms, without_pending_sums
 from .moments import maximum_sum, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean
 from .sharding import Layout, Shard
-from .state_entries import NO_STATE, STEP, SUM, StateWatch, as_saved, has_entry, read, show
+from .state_entries import NO_STATE, STEP, SUM, StateWatch, as_saved, has_entry, hold, is_view, read, show
 
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ class ParameterBlocks(Blocks):
 
     def begin_anew(self) -> None:
         self._params: list[Tensor] | None = None
-        self._watch = StateWatch(self._states_of(self._all_params()))
+        states = self._states_of(self._all_params())
+        hold(states)
+        self._watch = StateWatch(states)
 
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
@@ -183,7 +185,7 @@ class ParameterBlocks(Blocks):
             self.clipping.settle()  # what is known of the gradients is known by position
         is_trusted = [
             # Of a shard, a number from a checkpoint would be of the whole parameter.
-            not old and (p not in self.shards or isinstance(state.get(SUM), Tensor))
+            not old and (p not in self.shards or (has_entry(state) and is_view(state[SUM])))
             for p, state, old in zip(params, states, self._watch.outdated(states), strict=True)
         ]
         numbers = read(states, is_trusted)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .moments import second_moment
 
 
-__all__ = ["NO_STATE", "STEP", "SUM", "StateWatch", "as_saved", "has_entry", "read", "show"]
+__all__ = ["NO_STATE", "STEP", "SUM", "StateWatch", "as_saved", "has_entry", "hold", "is_view", "read", "show"]
 
 SUM = "second_moment_sum"
 STEP = "second_moment_step"
@@ -53,6 +53,18 @@ def read(states: Sequence[State], is_trusted: Sequence[bool]) -> tuple[list[floa
             if steps[i] != adam_step or not 0 < sums[i] < math.inf:
                 sums[i], steps[i], moments[i] = 0.0, adam_step, moment
     return sums, steps, moments
+
+
+def hold(states: Sequence[State]) -> None:
+    """Make tensors of entries that are numbers, from a checkpoint: one number may be the entry of two states."""
+    for state in states:
+        if has_entry(state) and not isinstance(state[SUM], Tensor):
+            state[SUM], state[STEP] = (torch.tensor(state[key], dtype=torch.float64) for key in (SUM, STEP))
+
+
+def is_view(entry: Any) -> bool:
+    """Whether an entry is of the vectors of a schedule, not from a checkpoint."""
+    return isinstance(entry, Tensor) and entry._is_view()
 
 
 def show(states: Sequence[State], views: Sequence[tuple[Tensor, Tensor]]) -> None:

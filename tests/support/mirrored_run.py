@@ -343,7 +343,8 @@ class MirroredRun:
 
     def set(self, index: int, key: str, value: Any) -> None:
         """Assign lr, betas or weight_decay of a group."""
-        if key == "weight_decay" and float(self.groups[index][key]) == value:
+        group = self.groups[index]
+        if key == "weight_decay" and value in (float(group[key]), group.get("scheduled_weight_decay")):
             return  # cannot be told from the schedule's own
         self.groups[index][key] = value
         self.reference.groups[index][key] = value
@@ -713,7 +714,7 @@ class MirroredRun:
         for group, value in zip(self.reference.groups, lambdas, strict=True):
             group["weight_decay"] = value
         self.optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
-        self.reference.steps, self.reference.reference_rms = 0, 0.0
+        self.reference.steps, self.reference.reference_rms, self.reference.v_bar = 0, 0.0, 0.0
         for p in self.params:
             self._rebuilt(p)
         self._shown = False
@@ -731,7 +732,7 @@ class MirroredRun:
         self.schedule = ScheduledWeightDecay(self.optimizer, **self.schedule_options)
         self.reference.reference_steps = self.schedule_options["reference_steps"]
         self.reference.unclipped_norm = self.schedule_options["unclipped_norm"]
-        self.reference.steps, self.reference.reference_rms = 0, 0.0
+        self.reference.steps, self.reference.reference_rms, self.reference.v_bar = 0, 0.0, 0.0
         for p in self.params:
             self._rebuilt(p)
         self._shown = False

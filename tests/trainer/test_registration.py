@@ -326,12 +326,14 @@ for number in range(len(races) * repetitions):
             print(races[number // repetitions], "hangs", flush=True)
             break
 """
+OF_OTHERS = ("real_accelerator", "torchao", "register_constant() on Enum", "opaque value type")
 OURS = ["from hf_swd.trainer import SWDTrainer", "from hf_swd import SWDCallback", "import hf_swd; hf_swd.register()"]
 
 
 @pytest.mark.parametrize("prepare", ["import hf_swd", ""], ids=["registered", "not-imported"])
 def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
-    """In many orders: one of them is held up in the middle, or both begin at once. No warning, and adams is there."""
+    """In many orders: one of them is held up in the middle, or both begin at once. No warning of ours or of the import
+    system's, and adams is there."""
     theirs = "import transformers.trainer"
     if not prepare:
         theirs = "import torch\n" + theirs  # so that hf_swd has a chance to come first
@@ -342,9 +344,8 @@ def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
         races += [(theirs, ours, "transformers.trainer_callback"), (ours, theirs, "hf_swd.trainer")]
         races += [(ours, theirs, "transformers.trainer_callback"), (ours, theirs, "transformers.trainer_optimizer")]
     output = run_python(RACE, json.dumps([prepare, races, 1]))
-    assert [
-        line for line in output.splitlines() if "real_accelerator" not in line
-    ] == []  # DeepSpeed's, if it is there
+    # Other packages that are installed may have something to say, as DeepSpeed and torchao do.
+    assert [line for line in output.splitlines() if not any(name in line for name in OF_OTHERS)] == []
 
 
 def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
