@@ -34,7 +34,7 @@ from torch.nn import Parameter
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from reference_adams import ReferenceAdamS  # noqa: E402
 
