@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule, schedule_of
 from .core.state_entries import STEP, SUM
 from .core.validation import check_number
@@ -110,7 +109,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             name: torch.tensor([state.get(key, 0.0) for state in states], dtype=torch.float64)
             for name, key in (("sums", SUM), ("steps", STEP))
         }
-        return {**{key: group[key] for key in (*OPTIONS, *self._shown)}, **vectors}
+        return {**{key: group[key] for key in self._shown}, **vectors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state written by [`state_dict`], before or after the optimizer's own is loaded.
@@ -124,7 +123,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
                 f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {len(params)}"
             )
         for group in self._groups:
-            group.update({key: state_dict[key] for key in (*OPTIONS, *self._shown)})
+            group.update({key: state_dict[key] for key in self._shown})
         pairs = zip(state_dict["sums"].tolist(), state_dict["steps"].tolist(), strict=True)
         for p, (total, step) in zip(params, pairs, strict=True):
             state = self.optimizer.state.get(p)

@@ -44,22 +44,21 @@ _DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
 Group = dict[str, Any]
 
 
-def complete(groups: Sequence[Group], options: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
-    """Give groups that were added, or loaded, what they lack: from the other groups, else `options` and `numbers`."""
-    chosen = {key: read(groups, key, options[key]) for key in OPTIONS}
-    holder = next((group for group in groups if _MARK in group), numbers)
-    shared = {key: holder[key] for key in numbers if key in holder}
+def complete(groups: Sequence[Group], shown: Mapping[str, Any]) -> None:
+    """Give groups that were added, or loaded, what they lack: what other groups hold, else what was `shown` last."""
+    holder = next((group for group in groups if _MARK in group), shown)
+    shared = {key: holder[key] for key in shown if key in holder}
     for group in groups:
         if _MARK not in group:
             group.update(shared)
-        for key, value in {**chosen, **dict.fromkeys(_DECAYS, group["weight_decay"])}.items():
+        for key, value in dict.fromkeys(_DECAYS, group["weight_decay"]).items():
             group.setdefault(key, value)
 
 
 def remove(group: Group, keys: Iterable[str]) -> None:
     """Undo [`complete`]: the group gets the user's decay back."""
     decay = user_decay(group)
-    for key in (*_DECAYS, *OPTIONS, *keys):
+    for key in (*_DECAYS, *keys):
         group.pop(key, None)
     group["weight_decay"] = decay
 
@@ -106,7 +105,7 @@ def write_decay(group: Group, decay: float | Tensor) -> None:
 def as_saved(group: Group, keys: Iterable[str]) -> Group:
     """A group as it stands in a checkpoint: plain numbers, and the user's lambda, with which any AdamW can go on."""
     saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
-    saved.update((key, float(saved[key])) for key in keys if key in saved)
+    saved.update((key, float(saved[key])) for key in keys if key in saved and key not in OPTIONS)
     saved.update((key, int(saved[key])) for key in (_MARK,) if key in saved)
     return saved
 
@@ -127,7 +126,7 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iter
         # torch.distributed.checkpoint completes another optimizer's groups by ours as they are before the first step.
         is_completed = not group.get(_MARK) and not _is_scheduled(group)
         decay = user_decay(mine if foreign or is_completed else group)
-        rest = {**{key: mine[key] for key in OPTIONS}, **dict.fromkeys(keys, 0)} if foreign else {}
+        rest = {**dict.fromkeys(keys, 0), **{key: mine[key] for key in OPTIONS}} if foreign else {}
         groups.append({**group, **rest, **dict.fromkeys(_DECAYS, decay)})
     return groups
 

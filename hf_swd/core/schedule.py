@@ -79,14 +79,16 @@ class WeightDecaySchedule:
         self._optimizer = weakref.ref(optimizer)
         self._decay_on_host = decay_on_host
         self._warned_cap = False
+        self._shown: dict[str, Any] = {}
         self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
         """The parameters that the optimizer was built for; an engine may have put others in their place."""
         # As torch's own options: groups that are added take them from here.
         optimizer.defaults.update(reference_steps=reference_steps, unclipped_norm=unclipped_norm)
         optimizer._decay_schedule = self
+        first = {**dict.fromkeys(_NUMBERS, 0), "reference_steps": reference_steps, "unclipped_norm": unclipped_norm}
         for group in optimizer.param_groups:
-            for key in _NUMBERS:
-                group.setdefault(key, 0)
+            for key, value in first.items():
+                group.setdefault(key, value)
         self._use(ParameterBlocks(optimizer, beta2=beta2, process_group=process_group))
         self._complete_groups()
         self._handles = [
@@ -297,11 +299,13 @@ class WeightDecaySchedule:
         self._mean = SecondMomentMean(**{name: float(group.get(key, 0)) for key, name in _NUMBERS.items()})
         self._shown = self._numbers()
 
-    def _numbers(self) -> dict[str, Tensor]:
+    def _numbers(self) -> dict[str, Any]:
+        """What all groups hold: options, and numbers of the whole model."""
+        options = {key: group_state.read(self._groups, key, self._shown.get(key)) for key in group_state.OPTIONS}
         numbers = {key: getattr(self._mean, name) for key, name in _NUMBERS.items()}
         # With a graph only in a differentiable optimizer; a state must be copyable.
         numbers = {key: number.detach() if number.requires_grad else number for key, number in numbers.items()}
-        return {**numbers, **self._blocks.group_entries}
+        return {**options, **numbers, **self._blocks.group_entries}
 
     def _show(self) -> None:
         """The groups hold the very tensors that the schedule goes on with: whoever replaces them is noticed."""
@@ -310,7 +314,7 @@ class WeightDecaySchedule:
             group.update(self._shown)
 
     def _complete_groups(self) -> None:
-        group_state.complete(self._groups, self.optimizer.defaults, self._shown)
+        group_state.complete(self._groups, self._shown)
 
     def _save_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A `state_dict` whose parameter groups have plain numbers, and the user's decay."""
