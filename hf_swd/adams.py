@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 
-__all__ = ["AdamS", "create_adams", "decay_parameter_names"]
-
 # The Trainer's rule (Trainer.get_decay_parameter_names): no decay for biases and for what is named like a norm.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 

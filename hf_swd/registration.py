@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from .trainer.callback import SWDCallback
 
 
-__all__ = ["check_arguments", "optimizer_name", "register"]
-
 logger = logging.getLogger(__name__)
 
 _NAME = "adams"

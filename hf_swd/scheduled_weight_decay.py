@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["ScheduledWeightDecay"]
-
-
 class ScheduledWeightDecay(WeightDecaySchedule):
     """
     Scheduled weight decay for any torch optimizer with decoupled weight decay.
@@ -57,6 +54,8 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     ```
     """
 
+    _decay_on_host = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -88,7 +87,6 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             reference_steps=reference_steps,
             unclipped_norm=unclipped_norm,
             process_group=process_group,
-            decay_on_host=True,
         )
         self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["COLOURS", "plot_runs"]
-
 _STATE = "trainer_state.json"
 # Title and label of the value axis. What the loss is, and so its unit, is not in the log.
 _PANELS = {

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["Blocks", "ParameterBlocks"]
-
-
 class Blocks(Protocol):
     """What the schedule asks of whoever tells it the squared norm of the whole gradient."""
 

@@ -14,8 +14,6 @@ from .grad_norm import by_kind, local_part, local_parts, squared_norms
 from .recurrence import Measured
 
 
-__all__ = ["Clipping", "scale_"]
-
 # So many elements of a large gradient tell whether it has been divided by a loss scale since it was clipped.
 _SAMPLE = 1 << 11
 
@@ -111,8 +109,8 @@ class _Clipped:
         self._references = [weakref.ref(grad) for grad in grads]
         self._versions = _versions(grads)
         self._measured = measured
-        self._probe = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
-        self._probed = self._probe_square(grads)
+        smallest = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
+        self._probe = smallest, _square_of_sample(grads[smallest])
 
     def is_of(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that
@@ -126,16 +124,9 @@ class _Clipped:
     def measured_now(self, grads: Sequence[Tensor]) -> Measured:
         """What a step with them brings. A GradScaler may have divided all of them by its scale, which their version
         counters do not show: the ratio of one gradient's squared norms, now and when it was clipped, does."""
-        ratio = self._probe_square(grads) / self._probed
-        squares = self._measured.squares * torch.where(self._probed > 0, ratio, 1.0)
-        return replace(self._measured, squares=squares)
-
-    def _probe_square(self, grads: Sequence[Tensor]) -> Tensor:
-        """Squared norm of the smallest gradient, or of a sample of it."""
-        grad = local_part(grads[self._probe])
-        if grad.numel() > 2 * _SAMPLE:
-            grad = grad.reshape(-1)[:: grad.numel() // _SAMPLE]
-        return squared_norms([grad])
+        smallest, before = self._probe
+        ratio = torch.where(before > 0, _square_of_sample(grads[smallest]) / before, 1.0)
+        return replace(self._measured, squares=self._measured.squares * ratio)
 
     def settle(self) -> bool:
         """Scale those gradients that are still there, if that is due; `False` if one was written to, which a step will
@@ -148,6 +139,14 @@ class _Clipped:
                 return False
             scale_(grads, self.due)
         return True
+
+
+def _square_of_sample(grad: Tensor) -> Tensor:
+    """Squared norm of a gradient, or of a sample of it."""
+    grad = local_part(grad)
+    if grad.numel() > 2 * _SAMPLE:
+        grad = grad.reshape(-1)[:: grad.numel() // _SAMPLE]
+    return squared_norms([grad])
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

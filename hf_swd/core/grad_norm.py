@@ -14,18 +14,6 @@ import torch
 from torch import Tensor
 
 
-__all__ = [
-    "HALF",
-    "accumulation_dtype",
-    "by_kind",
-    "local_part",
-    "local_parts",
-    "real_view",
-    "squared_norms",
-    "sums",
-    "without_pending_sums",
-]
-
 HALF = (torch.float16, torch.bfloat16)
 
 # On CPU. Rounding errors of a float32 accumulation all have one sign where values are few-bit numbers (what autocast

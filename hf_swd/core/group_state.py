@@ -23,20 +23,6 @@ from typing import Any
 from torch import Tensor
 
 
-__all__ = [
-    "OPTIONS",
-    "adapted_for_loading",
-    "adopt_assignment",
-    "as_saved",
-    "complete",
-    "has_effective_decay",
-    "numbers_from_elsewhere",
-    "read",
-    "remove",
-    "user_decay",
-    "write_decay",
-]
-
 OPTIONS = ("reference_steps", "unclipped_norm")
 _MARK = "schedule_step"
 _DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")

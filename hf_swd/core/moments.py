@@ -11,9 +11,6 @@ from torch import Tensor
 from .grad_norm import local_part, real_view, sums
 
 
-__all__ = ["maximum_sum", "moment_sums", "second_moment"]
-
-
 def second_moment(state: Mapping[str, Any]) -> Tensor | None:
     """The second moment in an optimizer's state of a parameter, if there is one in floating point (not in Lion's)."""
     moment = state.get("exp_avg_sq")

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["Measured", "RunningSums", "SecondMomentMean", "mean_of"]
-
-
 class RunningSums:
     """
     What is known of the blocks, each tensor of shape `(blocks,)`, float64 (float32 on MPS).

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["WeightDecaySchedule", "schedule_of"]
-
 # Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
 _LARGEST_DECAY = 1.0 - 2.0**-52
 # Keys in the parameter groups, and what they show of a SecondMomentMean.
@@ -55,13 +53,15 @@ class WeightDecaySchedule:
     Args:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
         beta2, reference_steps, unclipped_norm, process_group: see [`ScheduledWeightDecay`].
-        decay_on_host (`bool`, *optional*): whether the optimizer takes the decay as a number, for which the host must
-            wait for an accelerator; by default if the weights are on the CPU.
 
     A checkpoint that is loaded brings its own `reference_steps` and `unclipped_norm`.
 
     References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
     """
+
+    # Whether the optimizer takes the decay as a number, for which the host must wait for an accelerator; None: if the
+    # weights are on the CPU.
+    _decay_on_host: bool | None = None
 
     def __init__(
         self,
@@ -71,13 +71,11 @@ class WeightDecaySchedule:
         reference_steps: int = 0,
         unclipped_norm: bool = False,
         process_group: ProcessGroup | None = None,
-        decay_on_host: bool | None = None,
     ) -> None:
         check_reference_steps(reference_steps)
         check_flag("unclipped_norm", unclipped_norm)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
-        self._decay_on_host = decay_on_host
         self._warned_cap = False
         self._shown: dict[str, Any] = {}
         self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-__all__ = ["Layout", "Shard"]
-
-
 class Shard(NamedTuple):
     """What this rank holds of a parameter that is divided without being a DTensor."""
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from .moments import second_moment
 
 
-__all__ = ["NO_STATE", "STEP", "SUM", "StateWatch", "as_saved", "has_entry", "hold", "is_view", "read", "show"]
-
 SUM = "second_moment_sum"
 STEP = "second_moment_step"
 
@@ -90,18 +88,19 @@ class StateWatch:
     made of the states of all parameters."""
 
     def __init__(self, states: Sequence[State] = ()) -> None:
-        self._held, self._versions = _look_at(states)
+        self._look = _look_at(states)
 
     def sees_the_same(self, states: Sequence[State]) -> bool:
-        return _same(_look_at(states), (self._held, self._versions))
+        return _same(_look_at(states), self._look)
 
     def outdated(self, states: Sequence[State]) -> list[bool]:
         """Of each state whether its moment or step count has changed, but not the sum beside it."""
-        count = len(self._held) // 3
-        positions = {id(total): i for i, total in enumerate(self._held[:count]) if total is not None}
-        known = [positions.get(id(state.get(SUM))) for state in states]
+        held, versions = self._look
+        count = len(held) // 3
+        positions = {id(total): i for i, total in enumerate(held[:count])}
+        known = [positions.get(id(state[SUM])) if has_entry(state) else None for state in states]
         return [
-            i is not None and not _same(_look_at([state]), (self._held[i::count], self._versions[i::count]))
+            i is not None and not _same(_look_at([state]), (held[i::count], versions[i::count]))
             for i, state in zip(known, states, strict=True)
         ]
 

@@ -9,9 +9,6 @@ from typing import Any
 from torch import Tensor
 
 
-__all__ = ["check_flag", "check_number", "check_options", "check_process_group", "check_reference_steps"]
-
-
 def check_options(options: dict[str, Any]) -> None:
     """Type and range of the hyperparameters of AdamS among `options` (constructor arguments or a parameter group)."""
     for name, what in (("lr", "a learning rate"), ("eps", "a small constant"), ("weight_decay", "a decay strength")):

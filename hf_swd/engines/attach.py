@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = ["attach", "is_scheduled"]
-
-
 def is_scheduled(optimizer: Any) -> bool:
     """Whether `optimizer` has a schedule, or was built with one that an engine has put aside (ZeRO-Offload)."""
     if schedule_of(optimizer) is not None:

@@ -8,9 +8,6 @@ from torch import Tensor, nn
 from ..core.sharding import Shard
 
 
-__all__ = ["fsdp1_shards", "is_fsdp1_shard"]
-
-
 def is_fsdp1_shard(p: Tensor) -> bool:
     """Whether FSDP1 manages this parameter, which then says nothing of how it is divided."""
     return getattr(p, "_fsdp_flattened", False)

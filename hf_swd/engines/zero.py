@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-__all__ = [
-    "ZeroBlock",
-    "bind_zero",
-    "find_zero_optimizer",
-    "is_zero_parameter",
-    "refuse_replacement",
-    "refuse_unscaled_fp16",
-]
-
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
     "DeepSpeedZeroOptimizer": "bit16_groups",
@@ -108,8 +99,8 @@ class ZeroBlock(Blocks):
             )
         _refuse(zero_optimizer)
         params = [p for group in self._base.param_groups for p in group["params"]]
-        self._device = params[0].device if params else torch.device("cpu")
-        zeros = torch.zeros(2, 1, dtype=accumulation_dtype(self._device), device=self._device)
+        device = params[0].device if params else torch.device("cpu")
+        zeros = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
         num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
         self.group_entries = {SUM: self.running.sums[0], STEP: self.running.steps[0]}
@@ -156,7 +147,7 @@ class ZeroBlock(Blocks):
 
     def beta2(self) -> Tensor:
         beta2 = self._base.param_groups[0]["betas"][1]
-        return torch.as_tensor(beta2, dtype=self.running.sums.dtype, device=self._device).reshape(1)
+        return torch.as_tensor(beta2).to(self.running.sums).reshape(1)
 
     def measure(self, *, unclipped: bool) -> Measured:
         norm = getattr(self._zero, "_global_grad_norm", None)
@@ -254,26 +245,11 @@ def _refuse(zero_optimizer: Any) -> None:
             len({tuple(map(float, group["betas"])) for group in groups if "betas" in group}) > 1,
             "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same",
         ),
-        (
-            read("has_moe_layers", False),
-            "expert-parallel parameters, whose norm is another on each rank: use FSDP2 or a dense model",
-        ),
-        (
-            read("compute_grad_norm", True) is False,
-            "zero_optimization.compute_grad_norm=false: leave it at true",
-        ),
-        (
-            read("zenflow", False),
-            "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out",
-        ),
-        (
-            read("backup_optimizer", None) is not None,
-            "offload_optimizer.ratio below 1, which adds a second optimizer: set it to 1",
-        ),
-        (
-            any(group.get("amsgrad") for group in groups),
-            "AMSGrad, which needs every single gradient: set amsgrad=False",
-        ),
+        (read("has_moe_layers", False), "expert-parallel parameters, whose norm is another on each rank: use FSDP2"),
+        (read("compute_grad_norm", True) is False, "zero_optimization.compute_grad_norm=false: leave it at true"),
+        (read("zenflow", False), "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out"),
+        (read("backup_optimizer", None) is not None, "offload_optimizer.ratio below 1 (two optimizers): set it to 1"),
+        (any(group.get("amsgrad") for group in groups), "AMSGrad, which needs every gradient: set amsgrad=False"),
     ]
     found = [reason for holds, reason in reasons if holds]
     if found:

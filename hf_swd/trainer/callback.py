@@ -10,8 +10,6 @@ from . import watch
 from .optim_args import parse_optim_args
 
 
-__all__ = ["SWDCallback"]
-
 _DECAY_KEY = "swd/weight_decay"
 _RMS_KEY = "swd/grad_rms"
 

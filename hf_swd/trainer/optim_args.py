@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 
-__all__ = ["parse_optim_args"]
-
-
 def _boolean(text: str) -> bool:
     value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
     if value is None:

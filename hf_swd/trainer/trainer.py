@@ -14,9 +14,6 @@ from ..adams import AdamS
 from ..core.schedule import schedule_of
 
 
-__all__ = ["SWDTrainer"]
-
-
 class SWDTrainer(Trainer):
     """
     Trainer that clips with the norm that scheduled weight decay needs anyway: it reads gradients once per step.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ..core.schedule import WeightDecaySchedule
 
 
-__all__ = ["after_log", "after_step", "begin", "begin_without_schedule", "end", "largest"]
-
 logger = logging.getLogger("hf_swd.trainer")
 
 _LARGE_DECAY = 0.01  # of the weights, per step
