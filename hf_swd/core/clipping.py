@@ -106,19 +106,17 @@ class _Clipped:
 
     def __init__(self, grads: Sequence[Tensor], measured: Measured, due: Tensor | None = None) -> None:
         self.due = due
-        self._references = [weakref.ref(grad) for grad in grads]
-        self._versions = _versions(grads)
+        self._seen = list(zip(map(weakref.ref, grads), _versions(grads), strict=True))
         self._measured = measured
         smallest = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
         self._probe = smallest, _square_of_sample(grads[smallest])
 
-    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
+    def is_of(self, grads: Sequence[Tensor]) -> bool:
         """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that
         unscales them is not noticed here; see [`measured_now`].)"""
-        return (
-            len(grads) == len(self._references)
-            and all(reference() is grad is not None for reference, grad in zip(self._references, grads, strict=True))
-            and self._versions == _versions(grads)
+        return len(grads) == len(self._seen) and all(
+            reference() is grad is not None and known == version
+            for (reference, known), grad, version in zip(self._seen, grads, _versions(grads), strict=True)
         )
 
     def measured_now(self, grads: Sequence[Tensor]) -> Measured:
@@ -131,8 +129,7 @@ class _Clipped:
     def settle(self) -> bool:
         """Scale those gradients that are still there, if that is due; `False` if one was written to, which a step will
         complain of."""
-        known = zip(self._references, self._versions, strict=True)
-        left = [(grad, version) for reference, version in known if (grad := reference()) is not None]
+        left = [(grad, version) for reference, version in self._seen if (grad := reference()) is not None]
         grads = [grad for grad, _ in left]
         if self.due is not None:
             if _versions(grads) != [version for _, version in left]:

@@ -103,7 +103,6 @@ class ZeroBlock(Blocks):
         zeros = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
         num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
-        self.group_entries = {SUM: self.running.sums[0], STEP: self.running.steps[0]}
         self.clipping = Clipping()
         self._moments_seen: list[weakref.ref[Tensor]] = []
         self._in_new_step = False
@@ -114,6 +113,10 @@ class ZeroBlock(Blocks):
             return inner_step(*args, **kwargs)
 
         zero_optimizer.step = step
+
+    @functools.cached_property
+    def group_entries(self) -> dict[str, Tensor]:
+        return {SUM: self.running.sums[0], STEP: self.running.steps[0]}
 
     def begins_step(self) -> bool:
         begins, self._in_new_step = self._in_new_step, False
