@@ -186,7 +186,7 @@ class AdamS(torch.optim.AdamW):
                 _device_dtype_check_for_fused(p)
         for group, decay in zip(self.param_groups, self._decay_schedule._before_step(), strict=True):
             self._step_group(group, decay)
-        self._decay_schedule._after_step()
+        self._decay_schedule._blocks.write_back()
         return loss
 
     def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
@@ -254,7 +254,8 @@ class AdamS(torch.optim.AdamW):
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's "
                 "state_dict()"
             )
-        self._decay_schedule._settle()
+        self._decay_schedule._blocks.clipping.settle()
+        self._decay_schedule._complete_groups()
         state = super().__getstate__()
         # Numbers instead of views, of which pickle would write the whole vector each time.
         return {**state, "state": defaultdict(dict, self._decay_schedule._blocks.saved_state(self.state))}

@@ -89,7 +89,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             process_group=process_group,
         )
         self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._blocks.write_back()))
 
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""

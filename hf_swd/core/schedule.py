@@ -210,10 +210,6 @@ class WeightDecaySchedule:
             self._show()
         return self._write_decay()
 
-    def _after_step(self) -> None:
-        """Let the optimizer's state hold what the step has made of the running sums."""
-        self._blocks.write_back()
-
     def _take_in(self, begins: bool = True) -> None:
         """Whatever has happened to groups and state since the last step."""
         self._complete_groups()
@@ -268,11 +264,6 @@ class WeightDecaySchedule:
         )
 
     # State
-
-    def _settle(self) -> None:
-        """Finish a deferred clipping, and complete the groups: before the optimizer is copied."""
-        self._blocks.clipping.settle()
-        self._complete_groups()
 
     def _use(self, blocks: Blocks) -> None:
         """Take the squared norms of the gradient from `blocks` from now on (an engine does so when it is attached)."""
