@@ -480,6 +480,8 @@ class MirroredRun:
     def scale_state(self, p: Parameter, factor: float, *, replace: bool = False) -> None:
         """Scale the second moment (and the maximum, which must not be below it) in place, or put others in their
         places."""
+        if self._written:  # a state that nobody has looked at cannot be seen to change: it tells by its step alone
+            self.look()
         state, s = self.optimizer.state.get(p, {}), self._state_of(p)
         if "exp_avg_sq" not in state:
             return
