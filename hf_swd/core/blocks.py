@@ -179,7 +179,8 @@ class ParameterBlocks(Blocks):
 
     def _read(self, params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
         if not self._holds(params):
-            self.clipping.settle()  # what is known of the gradients is known by position
+            # What is known of the gradients is known by position.
+            self.clipping.settle([p.grad for p in params if p.grad is not None])
         is_trusted = [
             # Of a shard, a number from a checkpoint would be of the whole parameter.
             not old and (p not in self.shards or (has_entry(state) and is_view(state[SUM])))

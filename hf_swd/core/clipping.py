@@ -65,9 +65,10 @@ class Clipping:
                 scale_(grads, factor)
         self._last = _Clipped(grads, measured, factor if defer else None) if grads else None
 
-    def settle(self) -> None:
-        """Do what a deferred clipping has left to do, before something else becomes of its gradients."""
-        if self._last is not None and self._last.settle():
+    def settle(self, present: Sequence[Tensor] = ()) -> None:
+        """Do what a deferred clipping has left to do, before something else becomes of its gradients. `present`:
+        gradients that the coming step will see."""
+        if self._last is not None and self._last.settle(present):
             self._last = None
 
     def take(self, grads: Sequence[Tensor]) -> Measured | None:
@@ -126,13 +127,14 @@ class _Clipped:
         ratio = torch.where(before > 0, _square_of_sample(grads[smallest]) / before, 1.0)
         return replace(self._measured, squares=self._measured.squares * ratio)
 
-    def settle(self) -> bool:
-        """Scale those gradients that are still there, if that is due; `False` if one was written to, which a step will
-        complain of."""
+    def settle(self, present: Sequence[Tensor]) -> bool:
+        """Scale those gradients that are still there, if that is due; `False` if one was written to, or one of the
+        present was not clipped, which a step will complain of."""
         left = [(grad, version) for reference, version in self._seen if (grad := reference()) is not None]
         grads = [grad for grad, _ in left]
         if self.due is not None:
-            if _versions(grads) != [version for _, version in left]:
+            are_new = not set(map(id, present)) <= set(map(id, grads))
+            if are_new or _versions(grads) != [version for _, version in left]:
                 return False
             scale_(grads, self.due)
         return True
