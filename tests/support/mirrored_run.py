@@ -419,6 +419,8 @@ class MirroredRun:
 
     def take_out(self, p: Parameter) -> tuple:
         """Remove a parameter and keep what `put_back` needs to add it again as it was."""
+        if self._dirty:  # a state that is edited and at once taken out of the optimizer is out of anybody's sight
+            self.look()
         self._decide()
         i, j = self._locate(p)
         del self.groups[i]["params"][j]
