@@ -225,6 +225,7 @@ class ParameterBlocks(Blocks):
 
     def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
         grads, positions = self._gradients()
+        self.clipping.settle(grads)
         measured = self._of_whole_parameters(squared_norms(grads), positions)
         norm = self.total(measured.squares.unsqueeze(1)).squeeze(0).sqrt()
         self.clipping.clip(grads, measured, norm, max_norm, defer=defer, unclipped=unclipped)

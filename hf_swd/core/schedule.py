@@ -177,7 +177,6 @@ class WeightDecaySchedule:
         check_number(
             "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
         )
-        self._blocks.clipping.settle()
         self._take_in()
         return self._blocks.clip(max_norm, defer=defer, unclipped=self.unclipped_norm)
 
