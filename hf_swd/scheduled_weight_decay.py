@@ -24,8 +24,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     At every `optimizer.step()` it writes `initial_weight_decay / sqrt(mean second moment)` into
     `group["weight_decay"]`, which the optimizer then applies as its own: `theta <- (1 - lr * weight_decay) theta`. The
     user's value is kept in `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps
-    becomes the user's value. The state of the schedule is part of the optimizer's own
-    `state_dict()`.
+    becomes the user's value. The state of the schedule is part of the optimizer's own `state_dict()`.
 
     On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does
     not). A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.

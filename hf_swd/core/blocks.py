@@ -122,7 +122,7 @@ class ParameterBlocks(Blocks):
         params = self._all_params()
         self._states = states = self._states_of(params)
         is_new = self._params is None
-        if is_new or not self._holds(params) or not self._watch.sees_the_same(states):
+        if not self._holds(params) or not self._watch.sees_the_same(states):
             self._read(params, states)
         if (is_new or loaded is not None) and mean.step == 0:
             # After another optimizer's moments, its steps count.

@@ -92,7 +92,8 @@ def as_saved(group: Group, keys: Iterable[str]) -> Group:
     """A group as it stands in a checkpoint: plain numbers, and the user's lambda, with which any AdamW can go on."""
     saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
     saved.update((key, float(saved[key])) for key in keys if key in saved and key not in OPTIONS)
-    saved.update((key, int(saved[key])) for key in (_MARK,) if key in saved)
+    if _MARK in saved:
+        saved[_MARK] = int(saved[_MARK])
     return saved
 
 

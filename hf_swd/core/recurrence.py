@@ -95,7 +95,7 @@ class SecondMomentMean:
             sums = torch.where(measured.with_grad, sums, blocks.sums)
             steps = torch.where(measured.with_grad, steps, blocks.steps)
         averaged = sums if measured.at_least is None else torch.maximum(sums, measured.at_least)
-        mean, num_elements = mean_of(averaged, steps, blocks.counts, beta2, measured.with_grad, total)
+        mean, num_elements = _mean_of(averaged, steps, blocks.counts, beta2, measured.with_grad, total)
         step = self.step + (mean != 0)
         reference = self.reference
         if reference_steps:
@@ -132,7 +132,7 @@ class SecondMomentMean:
                 setattr(self, name, getattr(self, name).to(like))
 
 
-def mean_of(
+def _mean_of(
     sums: Tensor,
     steps: Tensor,
     counts: Tensor,
