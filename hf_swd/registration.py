@@ -1,4 +1,4 @@
-"""`optim="adams"` for transformers' `TrainingArguments` and `Trainer`; all private names of transformers are here.
+"""`optim="adams"` for transformers' `TrainingArguments` and `Trainer`: what is put into transformers, and how.
 
 Importing transformers' Trainer takes seconds, so `import hf_swd` does not do it: [`register`] patches what is imported
 already, and the rest right after its import.
@@ -11,6 +11,7 @@ module.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import sys
@@ -20,27 +21,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .adams import AdamS
-
-
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from .adams import AdamS
     from .trainer.callback import SWDCallback
 
 
 logger = logging.getLogger(__name__)
 
 _NAME = "adams"
-_OLDEST_TRANSFORMERS = "5.5"
+_OLDEST_TRANSFORMERS = (4, 46)
 
 
 def register() -> None:
     """
-    Make `TrainingArguments(optim="adams")` known to transformers, and [`SWDCallback`] one of the Trainer's default
-    callbacks.
+    Make `TrainingArguments(optim="adams")` known to transformers, [`SWDCallback`] one of the Trainer's default
+    callbacks, and have every Trainer clip with the norm of its optimizer's schedule (see [`SWDTrainer`]).
 
-    `import hf_swd` does it. Calling it again changes nothing, except that it repeats what has failed before, or what
+    `import hf_swd` does it, unless the environment variable `HF_SWD_NO_REGISTER` is set. Calling it again changes nothing, except that it repeats what has failed before, or what
     an `importlib.reload` of transformers' modules has undone.
     """
     _finder.install_if_needed()  # before the look at what is there: nothing can be imported unseen in between
@@ -55,7 +54,7 @@ def register() -> None:
 
 def check_arguments(args: TrainingArguments) -> None:
     """
-    Refuse what cannot be trained when a Trainer is built, not after its data has been prepared.
+    Refuse what cannot be trained when arguments are made and when a Trainer is built, before any data is prepared.
 
     Args:
         args (`TrainingArguments`): looked at only with `optim="adams"`.
@@ -82,14 +81,19 @@ def optimizer_name() -> Any:
 # What is put into transformers
 
 
-def _adams(context: Any) -> tuple[type[AdamS], dict[str, Any]]:
-    """The handler: optimizer class and keyword arguments from an `OptimizerContext`."""
+def _adams(args: TrainingArguments) -> tuple[type[AdamS], dict[str, Any]]:
+    """Optimizer class and keyword arguments."""
+    from .adams import AdamS
     from .trainer.optim_args import parse_optim_args
 
-    args = context.args
-    # The Trainer's parameter groups bring their own weight_decay; AdamS's default must not reach groups that do not.
-    kwargs = {"weight_decay": args.weight_decay, **parse_optim_args(args.optim_args)}
-    return AdamS, {**context.optimizer_kwargs, **context.adam_kwargs, **kwargs}
+    return AdamS, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        # The Trainer's parameter groups bring their own; AdamS's default must not reach groups that do not.
+        "weight_decay": args.weight_decay,
+        **parse_optim_args(args.optim_args),
+    }
 
 
 class _DefaultCallback:
@@ -108,7 +112,47 @@ class _DefaultCallback:
 _lock = threading.Lock()  # nothing is imported, nor called that might import, by who holds it
 
 
-def _add_optimizer_name(training_args: ModuleType) -> None:
+def _wrap(owner: type, name: str, build: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `build(method)` in the place of a method or static method."""
+    static = isinstance(vars(owner).get(name), staticmethod)
+    with _lock:
+        method = _private(owner, name)
+        if not getattr(method, "_wrapped_by_hf_swd", False):
+            wrapper = functools.wraps(method)(build(method))
+            wrapper._wrapped_by_hf_swd = True
+            setattr(owner, name, staticmethod(wrapper) if static else wrapper)
+
+
+def _checked(post_init: Callable[..., None]) -> Callable[..., None]:
+    def check_first(self: TrainingArguments) -> None:
+        check_arguments(self)
+        post_init(self)
+
+    return check_first
+
+
+def _knowing_adams(get_optimizer_cls_and_kwargs: Callable[..., Any]) -> Callable[..., Any]:
+    def get(args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
+        return _adams(args) if args.optim == _NAME else get_optimizer_cls_and_kwargs(args, *rest, **kwargs)
+
+    return get
+
+
+def _sharing_the_norm(inner_training_loop: Callable[..., Any]) -> Callable[..., Any]:
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .trainer.shared_norm import shared_norm
+
+        with shared_norm(self):
+            return inner_training_loop(self, *args, **kwargs)
+
+    return train
+
+
+def _patch_training_args(training_args: ModuleType) -> None:
+    _wrap(_private(training_args, "TrainingArguments"), "__post_init__", _checked)
+    version = _version()
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRANSFORMERS:
+        raise RuntimeError("this version is too old")
     names = _private(training_args, "OptimizerNames")
     by_name, by_value, in_order = (
         _private(names, name) for name in ("_member_map_", "_value2member_map_", "_member_names_")
@@ -127,15 +171,24 @@ def _add_optimizer_name(training_args: ModuleType) -> None:
         in_order.append(member._name_)
 
 
-def _add_handler(trainer_optimizer: ModuleType) -> None:
+def _patch_trainer_optimizer(trainer_optimizer: ModuleType) -> None:
+    """The table of handlers, since transformers 5.2."""
     from transformers.training_args import OptimizerNames
 
-    _private(trainer_optimizer, "_OPTIMIZER_HANDLERS").setdefault(OptimizerNames(_NAME), _adams)
+    handlers = _private(trainer_optimizer, "_OPTIMIZER_HANDLERS")
+    handlers.setdefault(OptimizerNames(_NAME), _handler)
 
 
-def _add_callback(trainer: ModuleType) -> None:
+def _handler(context: Any) -> tuple[type[AdamS], dict[str, Any]]:
+    return _adams(context.args)
+
+
+def _patch_trainer(trainer: ModuleType) -> None:
+    trainer_class = _private(trainer, "Trainer")
     if "transformers.trainer_optimizer" not in sys.modules:
-        raise AttributeError("it does not import transformers.trainer_optimizer")
+        _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _knowing_adams)
+    if hasattr(trainer_class, "_inner_training_loop"):  # otherwise gradients are read twice, and nothing else changes
+        _wrap(trainer_class, "_inner_training_loop", _sharing_the_norm)
     callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
     if callbacks is None:
         _warn(
@@ -150,10 +203,11 @@ def _add_callback(trainer: ModuleType) -> None:
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.training_args": _add_optimizer_name,
-    "transformers.trainer_optimizer": _add_handler,
-    "transformers.trainer": _add_callback,
+    "transformers.training_args": _patch_training_args,
+    "transformers.trainer_optimizer": _patch_trainer_optimizer,
+    "transformers.trainer": _patch_trainer,
 }
+_LAST = "transformers.trainer"
 # By module: why optim="adams" does not work. Tried again before anybody is refused for it.
 _failures: dict[str, str] = {}
 _warned: set[str] = set()
@@ -170,7 +224,7 @@ def _patch_loaded(executed: ModuleType | None = None) -> None:
         except Exception as error:  # whatever it is, transformers itself must remain usable
             _failures[name] = (
                 f'optim="{_NAME}" does not work with transformers {_version()}: cannot patch {name} ({error}). hf_swd '
-                f"supports transformers {_OLDEST_TRANSFORMERS} and later; other versions can use "
+                f"supports transformers {'.'.join(map(str, _OLDEST_TRANSFORMERS))} and later; other versions can use "
                 "Trainer(optimizers=(hf_swd.create_adams(model, ...), None), callbacks=[hf_swd.SWDCallback])."
             )
             _warn(_failures[name])
@@ -217,8 +271,8 @@ class _PatchAfterImport:
     """
 
     def install_if_needed(self, executed: str | None = None) -> None:
-        """Be in `sys.meta_path` exactly as long as one of the modules is still to come."""
-        wanted = not all(name == executed or _is_loaded(name) for name in _PATCHES)
+        """Be in `sys.meta_path` exactly as long as the module that imports the others is still to come."""
+        wanted = executed != _LAST and not _is_loaded(_LAST)
         with _lock:
             if wanted != any(finder is self for finder in sys.meta_path):
                 # A new list: other threads may be iterating over the old one.

@@ -30,8 +30,9 @@ class SWDCallback(TrainerCallback):
 
     - no decay at all;
     - a decay of more than 1 % of the weights per step (looked at in steps that are powers of two and at every log);
-    - at least 90 % of at least 20 steps clipped (counted by [`SWDTrainer`]; with another Trainer as far as its logs
-      show `grad_norm`, at the end of the training from 3 logs);
+    - the schedule will follow clipped gradients (`max_grad_norm` is not 0, and `unclipped_norm` is off);
+    - at least 90 % of the steps were clipped (looked at from 20 steps on, and at the end; under DeepSpeed, which clips
+      by itself, as far as logs show `grad_norm`);
     - a resumed checkpoint whose `reference_steps`, `unclipped_norm` or `amsgrad` are not what was asked for;
     - a resumed checkpoint of scheduled weight decay in an optimizer that has no schedule.
     """
@@ -48,7 +49,7 @@ class SWDCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
         if is_scheduled(optimizer):
-            watch.begin(attach(optimizer, model), state)
+            watch.begin(attach(optimizer, model), state, args.max_grad_norm or 0.0)
         elif optimizer is not None:
             watch.begin_without_schedule(optimizer, state)
 
@@ -67,7 +68,7 @@ class SWDCallback(TrainerCallback):
             and "loss" in state.log_history[-1]
         ):
             state.log_history[-1].update(values)
-        watch.after_log(optimizer, logs.get("grad_norm", 0.0), args.max_grad_norm)
+        watch.after_log(optimizer, logs.get("grad_norm", 0.0), args.max_grad_norm or 0.0)
 
     def on_train_end(self, args, state, control, optimizer=None, **kwargs):
-        watch.end(optimizer, args.max_grad_norm)
+        watch.end(optimizer, args.max_grad_norm or 0.0)

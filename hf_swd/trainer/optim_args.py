@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,10 @@ def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
                 f'optim_args="{optim_args}": expected key=value,key=value,...; found "{item}" without "="'
             )
         if key not in _OPTIM_ARGS:
+            close = difflib.get_close_matches(key, _OPTIM_ARGS, n=1)
+            guess = f'did you mean "{close[0]}"? ' if close else ""
             raise ValueError(
-                f'optim_args="{optim_args}": unknown key "{key}"; optim="adams" knows {", ".join(_OPTIM_ARGS)}'
+                f'optim_args="{optim_args}": unknown key "{key}"; {guess}optim="adams" knows {", ".join(_OPTIM_ARGS)}'
             )
         parse, expected = _OPTIM_ARGS[key]
         try:

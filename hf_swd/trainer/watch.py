@@ -24,6 +24,11 @@ _NEARLY_ALL = 0.9
 _ENOUGH_STEPS = 20
 _ENOUGH_LOGS_AT_END = 3
 _OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
+_TWO_WAYS_OUT = (
+    "To let it follow the gradient, raise max_grad_norm above the usual grad_norm of the log (0 clips nothing), or set "
+    'optim_args="unclipped_norm=true" (unclipped_norm=True of the optimizer), which schedules by the norm before '
+    "clipping."
+)
 _LIKE_ADAMW = (
     'optim_args="reference_steps=100", with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)'
 )
@@ -60,8 +65,8 @@ def _begin(watched: Any, state: TrainerState, clips: tuple[int, int] = (0, 0)) -
     return watch
 
 
-def begin(schedule: WeightDecaySchedule, state: TrainerState) -> None:
-    """At the begin of a training, after its checkpoint has been loaded."""
+def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float) -> None:
+    """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded."""
     watch = _begin(schedule, state, schedule.clip_statistics())
     optimizer = schedule.optimizer
     if largest(optimizer, "initial_weight_decay") == 0:
@@ -71,6 +76,13 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState) -> None:
             f"{type(optimizer).__name__}: there is no decay to schedule, and AdamS without decay is plain Adam. Set "
             "weight_decay=5e-4, the paper's value; or AdamW's value (usually 0.01 to 0.1) together with "
             'optim_args="reference_steps=100".',
+        )
+    elif max_norm > 0 and not schedule.unclipped_norm:
+        watch.warn(
+            "clipped norm",
+            f"max_grad_norm={max_norm:g}: scheduled weight decay follows the gradient as it is after clipping. While "
+            "steps are clipped, as in most fine-tuning nearly all are, its norm is constant, and so is the decay, as in "
+            f"AdamW. {_TWO_WAYS_OUT}",
         )
     if watch.first_step > 0:
         _check_loaded_options(watch, optimizer)
@@ -105,14 +117,14 @@ def after_log(optimizer: Any, grad_norm: float, max_norm: float) -> None:
         watch.logs += 1
         watch.clipped_logs += grad_norm > max_norm
         _check_decay(watch, schedule, optimizer, watch.state.global_step)
-        _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_STEPS)
+        _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_STEPS, _ENOUGH_STEPS)
 
 
 def end(optimizer: Any, max_norm: float) -> None:
     schedule = schedule_of(optimizer)
     watch = _watches.get(schedule) if schedule is not None else None
-    if watch is not None and watch.state.global_step - watch.first_step >= _ENOUGH_STEPS:
-        _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_LOGS_AT_END)
+    if watch is not None:
+        _check_clipping(watch, schedule, optimizer, max_norm, 1, _ENOUGH_LOGS_AT_END)
 
 
 def largest(optimizer: Any, key: str) -> float:
@@ -171,7 +183,7 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
 
 
 def _check_clipping(
-    watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, max_norm: float, enough_logs: int
+    watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, max_norm: float, enough: int, enough_logs: int
 ) -> None:
     if not watch.looks_for("clipping"):
         return
@@ -179,7 +191,7 @@ def _check_clipping(
     if max_norm <= 0 or user_decay == 0 or schedule.unclipped_norm:
         return
     clipped, seen = (now - then for now, then in zip(schedule.clip_statistics(), watch.clips_before, strict=True))
-    enough, of_what = _ENOUGH_STEPS, "steps"
+    of_what = "steps"
     if not seen:
         clipped, seen, enough, of_what = watch.clipped_logs, watch.logs, enough_logs, "logged steps"
     if seen < enough or clipped < _NEARLY_ALL * seen:
@@ -196,6 +208,5 @@ def _check_clipping(
         "clipping",
         f"{clipped} of {seen} {of_what} were clipped to max_grad_norm={max_norm:g}. Clipped gradients all have the "
         f"same norm, so scheduled weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with "
-        f"weight_decay={constant:.3g}. To let it follow the gradient, raise max_grad_norm above the usual grad_norm "
-        'of the log, set max_grad_norm=0, or use hf_swd.SWDTrainer with optim_args="unclipped_norm=true".',
+        f"weight_decay={constant:.3g}. {_TWO_WAYS_OUT}",
     )

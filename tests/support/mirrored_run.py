@@ -108,6 +108,7 @@ class MirroredRun:
         self.reference = Reference(groups, **self.schedule_options, **self.hyper)
         self.loose = False
         self._due, self._abandoned = 1.0, False
+        self._changed: set[Parameter] = set()
         self._dirty = False  # edited since the schedule has looked last
         self._written = False  # the groups, too
         self._forget_gradients()
@@ -218,7 +219,8 @@ class MirroredRun:
         else:
             p.grad.mul_(factor)
         if self._clip in ("valid", "moved"):
-            self._clip = "changed"
+            self._clip, self._changed = "changed", set()
+        self._changed.add(p)
         if self._due == 1.0:
             self.seen = {q: as_real64(q.grad) for q in self.seen}
             self.before = dict(self.seen)
@@ -408,6 +410,9 @@ class MirroredRun:
         self.seen.pop(p, None)
         self.before.pop(p, None)
         p.grad = None
+        self._changed.discard(p)
+        if self._clip == "changed" and not self._changed:  # the change is gone with the gradient
+            self._clip = "moved"
         return self.optimizer.state.pop(p, {})
 
     def add_param(self, index: int, p: Parameter) -> None:

@@ -15,11 +15,16 @@ import torch
 import transformers.trainer
 from hf_utils import arguments, sentences, tiny_bert
 from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 import hf_swd
 from hf_swd import AdamS, SWDCallback, register
+
+
+try:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+except ImportError:  # before transformers 5.2
+    _OPTIMIZER_HANDLERS = {}
 
 
 def run_python(code: str, *args: object, path: tuple[object, ...] = ()) -> str:
@@ -81,6 +86,8 @@ def test_registering_again_changes_nothing():
             dict(_OPTIMIZER_HANDLERS),
             list(transformers.trainer.DEFAULT_CALLBACKS),
             list(sys.meta_path),
+            vars(Trainer).copy(),
+            vars(TrainingArguments).copy(),
         )
 
     before = snapshot()
@@ -133,7 +140,12 @@ def test_default_decay_of_adams_does_not_leak_into_the_trainer(tmp_path):
     ("optim_args", "message"),
     [
         pytest.param(
-            "warmup=3", r'"warmup=3".*unknown key "warmup".*reference_steps, unclipped_norm, amsgrad', id="unknown-key"
+            "warmup=3",
+            r'"warmup=3".*unknown key "warmup"; optim="adams" knows reference_steps, unclipped_norm, amsgrad',
+            id="unknown-key",
+        ),
+        pytest.param(
+            "reference_step=3", 'unknown key "reference_step"; did you mean "reference_steps"', id="nearly-known"
         ),
         pytest.param("betas=1", 'unknown key "betas"', id="argument-that-the-trainer-sets"),
         pytest.param("amsgrad", r'key=value.*found "amsgrad" without "="', id="no-value"),
@@ -149,9 +161,13 @@ def test_default_decay_of_adams_does_not_leak_into_the_trainer(tmp_path):
         pytest.param("reference_steps=1=2", 'reference_steps="1=2"; expected', id="two-equals-signs"),
     ],
 )
-def test_bad_optim_args_are_refused_when_the_trainer_is_built(tmp_path, optim_args, message):
+def test_bad_optim_args_are_refused_when_arguments_are_made(tmp_path, optim_args, message):
     with pytest.raises(ValueError, match=message):
-        Trainer(tiny_bert(), arguments(tmp_path, optim_args=optim_args), train_dataset=sentences())
+        TrainingArguments(str(tmp_path), optim="adams", optim_args=optim_args, use_cpu=True)
+    args = arguments(tmp_path, optim_args=None)
+    args.optim_args = optim_args
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_bert(), args, train_dataset=sentences())
 
 
 def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
@@ -168,12 +184,15 @@ def test_transformers_without_hf_swd_is_what_it_was(tmp_path):
 import json, sys
 import torch
 from transformers.training_args import OptimizerNames, TrainingArguments
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
+try:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
+except ImportError:  # before transformers 5.2
+    handlers = {}
 
 assert "hf_swd" not in sys.modules
-names = [name for name in OptimizerNames if name in handlers]
-functions = [handlers[name] for name in names]
-print("BEFORE", json.dumps([[n.name, n.value, f"{f.__module__}.{f.__qualname__}"] for n, f in zip(names, functions)]))
+names = [[n.name, n.value, f"{handlers[n].__module__}.{handlers[n].__qualname__}" if n in handlers else ""]
+         for n in OptimizerNames]
+print("BEFORE", json.dumps(names))
 try:
     TrainingArguments("out", optim="adams")
 except ValueError as error:
@@ -192,7 +211,7 @@ except ModuleNotFoundError as error:
 del sys.meta_path[0]
 args = torch.load(sys.argv[1], weights_only=False)
 assert args.optim is OptimizerNames.ADAMS and "hf_swd" in sys.modules
-assert handlers["adams"].__module__ == "hf_swd.registration"
+assert not handlers or handlers["adams"].__module__ == "hf_swd.registration"
 
 # The callback needs no Trainer; SWDTrainer imports transformers.trainer, which is patched on the way.
 import hf_swd.trainer.callback
@@ -208,11 +227,8 @@ assert not any(type(finder).__module__.startswith("hf_swd") for finder in sys.me
         for line in output.splitlines()
         if " " in line
     )
-    ours = [
-        [name.name, name.value, f"{_OPTIMIZER_HANDLERS[name].__module__}.{_OPTIMIZER_HANDLERS[name].__qualname__}"]
-        for name in OptimizerNames
-        if name in _OPTIMIZER_HANDLERS
-    ]
+    handlers = {name: f"{f.__module__}.{f.__qualname__}" for name, f in _OPTIMIZER_HANDLERS.items()}
+    ours = [[name.name, name.value, handlers.get(name, "")] for name in OptimizerNames]
     assert ours[:-1] == json.loads(lines["BEFORE"]) and ours[-1][1] == "adams"
     assert "adams is not a valid OptimizerNames, please select one of" in lines["REFUSED"]
     assert "hf_swd" in lines["NOT "]
@@ -228,6 +244,8 @@ assert "transformers" not in sys.modules
 original = sys.meta_path[:]
 names = ["transformers.training_args", "transformers.trainer_optimizer", "transformers.trainer"]
 import transformers
+if importlib.util.find_spec(names[1]) is None:  # before transformers 5.2
+    del names[1]
 assert not set(names) & set(sys.modules)
 found = importlib.util.find_spec(names[0])
 assert found.name == names[0] and names[0] not in sys.modules
@@ -258,10 +276,10 @@ assert len(ours) == 1 and not set(ours) & set(sys.meta_path)
 others = [finder for finder in original if finder not in ours]
 assert others == [finder for finder in sys.meta_path if finder in original]
 
-optimizer_module = sys.modules[names[1]]
-assert importlib.reload(optimizer_module) is optimizer_module and "adams" not in optimizer_module._OPTIMIZER_HANDLERS
+module = sys.modules[names[0]]
+assert importlib.reload(module) is module and "ADAMS" not in module.OptimizerNames.__members__
 hf_swd.register()
-assert "adams" in optimizer_module._OPTIMIZER_HANDLERS
+assert module.TrainingArguments("out", optim="adams", use_cpu=True).optim.name == "ADAMS"
 """
     run_python(code)
 
@@ -348,11 +366,11 @@ def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
     assert [line for line in output.splitlines() if not any(name in line for name in OF_OTHERS)] == []
 
 
-def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
-    """A stand-in for a transformers without the private names, since only one real version can be installed."""
-    package = tmp_path / "transformers"
+def stand_in(folder: Path, version: str) -> Path:
+    """A transformers without the private names, since only one real version can be installed."""
+    package = folder / "transformers"
     package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '5.0.0'\n")
+    (package / "__init__.py").write_text(f"__version__ = '{version}'\n")
     (package / "training_args.py").write_text(
         "import os\n"
         "if os.environ.pop('BROKEN', None):\n"
@@ -360,14 +378,22 @@ def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
         "from enum import Enum\n"
         "class OptimizerNames(str, Enum):\n"
         "    SGD = 'sgd'\n"
+        "class TrainingArguments:\n"
+        "    def __init__(self, optim, optim_args=None):\n"
+        "        self.optim, self.optim_args = optim, optim_args\n"
+        "        self.__post_init__()\n"
+        "    def __post_init__(self):\n"
+        "        self.optim = OptimizerNames(self.optim)\n"
     )
     (package / "trainer_optimizer.py").write_text("")
-    (package / "trainer.py").write_text("import transformers.trainer_optimizer\n")
+    (package / "trainer.py").write_text("import transformers.trainer_optimizer\nclass Trainer: pass\n")
+    return folder
+
+
+def test_transformers_that_cannot_be_patched_is_left_usable_and_named(tmp_path):
     code = """
 import os
-from types import SimpleNamespace
 import hf_swd
-from hf_swd.registration import check_arguments
 
 os.environ["BROKEN"] = "1"
 try:
@@ -375,26 +401,44 @@ try:
 except KeyError as error:
     assert error.args == ("broken on purpose",)
 import transformers.trainer
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, TrainingArguments
 assert OptimizerNames("adams").name == "ADAMS"
-check_arguments(SimpleNamespace(optim=OptimizerNames.SGD))
+assert TrainingArguments("sgd").optim is OptimizerNames.SGD
 try:
-    check_arguments(SimpleNamespace(optim="adams"))
+    TrainingArguments("adams")
 except RuntimeError as error:
     print("RAISED", error)
 
 # What has failed is tried again before anybody is refused.
 import transformers.trainer_optimizer
 transformers.trainer_optimizer._OPTIMIZER_HANDLERS = {}
-check_arguments(SimpleNamespace(optim="adams", optim_args="reference_steps=1"))
+TrainingArguments("adams", "reference_steps=1")
 assert list(transformers.trainer_optimizer._OPTIMIZER_HANDLERS) == ["adams"]
 """
-    output = run_python(code, path=(tmp_path,))
-    raised, warned = output.splitlines()
+    output = run_python(code, path=(stand_in(tmp_path, "5.9.0"),))
+    raised, warned = (line for line in output.splitlines() if "DEFAULT_CALLBACKS" not in line)
     for message in (raised, warned):
         assert (
-            "transformers 5.0.0: cannot patch transformers.trainer_optimizer "
+            "transformers 5.9.0: cannot patch transformers.trainer_optimizer "
             "(transformers.trainer_optimizer has no _OPTIMIZER_HANDLERS)" in message
         )
-        assert "supports transformers 5.5 and later" in message
+        assert "supports transformers 4.46 and later" in message
+    assert raised.startswith("RAISED")
+
+
+def test_transformers_that_is_too_old_is_named_at_import_and_when_arguments_are_made(tmp_path):
+    code = """
+import hf_swd
+import transformers.trainer
+from transformers.training_args import OptimizerNames, TrainingArguments
+assert TrainingArguments("sgd").optim is OptimizerNames.SGD
+try:
+    TrainingArguments("adams")
+except RuntimeError as error:
+    print("RAISED", error)
+"""
+    raised, warned = run_python(code, path=(stand_in(tmp_path, "4.45.2"),)).splitlines()
+    for message in (raised, warned):
+        assert "transformers 4.45.2" in message and "this version is too old" in message
+        assert "supports transformers 4.46 and later" in message
     assert raised.startswith("RAISED")

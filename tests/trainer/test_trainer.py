@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from hf_utils import arguments, sentences, tiny_bert
@@ -22,6 +24,7 @@ from hf_swd import AdamS, ScheduledWeightDecay, SWDCallback, SWDTrainer, create_
 
 
 DECAY, RMS = "swd/weight_decay", "swd/grad_rms"
+CLIPPED_NORM = "follows the gradient as it is after clipping"
 both_trainers = pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])
 
 
@@ -50,7 +53,9 @@ def distance(actual, expected):
 
 
 def messages(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "hf_swd.trainer"]
+    """Warnings, without the note at the start that the schedule follows clipped gradients."""
+    found = [record.getMessage() for record in caplog.records if record.name == "hf_swd.trainer"]
+    return [message for message in found if CLIPPED_NORM not in message]
 
 
 # Logs
@@ -106,9 +111,9 @@ def test_other_logging_strategies(tmp_path, logging):
 def test_tensorboard_gets_both_scalars_from_the_stock_trainer(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))  # older versions write into output_dir by themselves
     trainer = train(tmp_path, report_to="tensorboard")
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
     for key in (DECAY, RMS):
         scalars = events.Scalars(f"train/{key}")
         assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5, 6]
@@ -153,9 +158,10 @@ def test_without_a_schedule_nothing_is_added(tmp_path, caplog, trainer_class):
 def test_optimizer_class_or_instance_given_to_the_trainer(tmp_path):
     kwargs = {"lr": 1e-3, "reference_steps": 3}
     named = train(tmp_path)
-    by_class = train(
-        tmp_path, optim="adamw_torch", optim_args=None, trainer_kwargs={"optimizer_cls_and_kwargs": (AdamS, kwargs)}
-    )
+    if "optimizer_cls_and_kwargs" in inspect.signature(Trainer).parameters:  # since transformers 4.47
+        trainer_kwargs = {"optimizer_cls_and_kwargs": (AdamS, kwargs)}
+        by_class = train(tmp_path, optim="adamw_torch", optim_args=None, trainer_kwargs=trainer_kwargs)
+        assert training_logs(by_class) == training_logs(named)
     model = tiny_bert()
     optimizer = create_adams(model, weight_decay=0.01, **kwargs)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6)
@@ -166,7 +172,6 @@ def test_optimizer_class_or_instance_given_to_the_trainer(tmp_path):
         optim_args=None,
         trainer_kwargs={"optimizers": (optimizer, scheduler)},
     )
-    assert training_logs(by_class) == training_logs(named)
     for ours, theirs in zip(training_logs(by_instance), training_logs(named), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
@@ -221,13 +226,25 @@ class CountNorms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_swd_trainer_overrides_what_this_version_of_transformers_calls():
-    for name in ("_clip_grad_norm", "_get_grad_norm"):
-        assert callable(getattr(Trainer, name)), (
-            f"transformers no longer has Trainer.{name}: SWDTrainer reads gradients twice"
-        )
+class ClipsByItself(Trainer):
+    """As every Trainer did before it shared the norm."""
+
+    def _clip_grad_norm(self, model):
+        return torch.nn.utils.clip_grad_norm_(list(model.parameters()), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return grad_norm
 
 
+clipping_inside = pytest.mark.skipif(
+    not hasattr(Trainer, "_clip_grad_norm"), reason="before transformers 5.3 the training loop clips inline"
+)
+
+
+@clipping_inside
+@both_trainers
 @pytest.mark.parametrize(
     ("max_grad_norm", "accumulation"),
     [
@@ -236,34 +253,89 @@ def test_swd_trainer_overrides_what_this_version_of_transformers_calls():
         pytest.param(0.0, 2, id="not-clipped"),
     ],
 )
-def test_swd_trainer_trains_like_the_trainer_and_reads_gradients_once(tmp_path, max_grad_norm, accumulation):
+def test_every_trainer_reads_gradients_once(tmp_path, trainer_class, max_grad_norm, accumulation):
+    """And one that clips by itself does so, with the same weights."""
     settings = {"max_grad_norm": max_grad_norm, "gradient_accumulation_steps": accumulation}
     settings |= {"max_steps": 8, "learning_rate": 3e-3, "weight_decay": 2.0}
     runs, reads = [], []
-    for trainer_class in (Trainer, SWDTrainer):
+    for cls in (ClipsByItself, trainer_class):
         with CountNorms() as counter:
-            runs.append(train(tmp_path, trainer_class, **settings))
+            runs.append(train(tmp_path, cls, **settings))
         reads.append(counter.elements / 8 / sum(p.numel() for p in runs[-1].model.parameters()))
-    stock, ours = runs
+    own, shared = runs
     assert 2.0 <= reads[0] < 2.02 and 1.0 <= reads[1] < 1.02
-    assert distance(ours, stock) < 1e-5
-    for mine, theirs in zip(training_logs(ours), training_logs(stock), strict=True):
+    assert distance(shared, own) < 1e-5
+    for mine, theirs in zip(training_logs(shared), training_logs(own), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
-    clipped = sum(entry["grad_norm"] > max_grad_norm > 0 for entry in training_logs(ours))
-    assert ours.optimizer.optimizer.schedule.clip_statistics() == (clipped, 8)
+    clipped = sum(entry["grad_norm"] > max_grad_norm > 0 for entry in training_logs(shared))
+    assert shared.optimizer.optimizer.schedule.clip_statistics() == (clipped, 8)
     assert {0.1: clipped == 8, 0.4: 0 < clipped < 8, 0.0: clipped == 0}[max_grad_norm]
-    assert stock.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
+    assert own.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
+    assert "clip_grad_norm_" not in vars(shared.accelerator)
 
 
-@pytest.mark.parametrize("looked_at", [False, True])
-def test_swd_trainer_shows_clipped_gradients_to_callbacks_that_look(tmp_path, looked_at):
+def test_other_optimizers_are_clipped_by_accelerate_itself(tmp_path, monkeypatch):
+    calls = []
+    clip = Accelerator.clip_grad_norm_
+
+    def spied(self, parameters, max_norm, norm_type=2):
+        calls.append((type(parameters).__name__, max_norm, norm_type))
+        return clip(self, parameters, max_norm, norm_type)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", spied)
+    train(tmp_path, optim="adamw_torch", optim_args=None, max_grad_norm=0.1)
+    assert calls == [("generator", 0.1, 2)] * 6
+
+
+def test_accelerator_with_its_own_clipping_keeps_it(tmp_path):
+    seen = []
+
+    class Own(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.clip_grad_norm_ = lambda parameters, max_norm: seen.append(max_norm) or torch.tensor(1.0)
+
+    trainer = train(tmp_path, Own, max_grad_norm=0.1)
+    assert seen == [0.1] * 6 and trainer.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+def test_unclipped_norm_in_the_stock_trainer(tmp_path, subclass):
+    """All steps are clipped, and the schedule follows the gradient all the same."""
+
+    class Later(Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    settings = {"optim_args": "unclipped_norm=true", "logging_steps": 1, "max_grad_norm": 0.01}
+    first = training_logs(train(tmp_path, Later if subclass else Trainer, **settings))[0]
+    elements = sum(p.numel() for p in tiny_bert().parameters())
+    assert first[RMS] == pytest.approx(first["grad_norm"] / math.sqrt(elements), rel=1e-4)
+
+
+@both_trainers
+@pytest.mark.parametrize("looked_at", [None, "callback", "hook", "subclass"])
+def test_whoever_looks_at_gradients_sees_them_clipped(tmp_path, trainer_class, looked_at):
     """Nobody looks: the clipping is left to the optimizer's kernel, which goes over the gradients anyway."""
     seen = []
 
+    def look(model):
+        seen.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            seen.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+            look(model)
+
+    class Hook(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            optimizer.optimizer.register_step_pre_hook(lambda *_: look(model))
+
+    class Subclass(trainer_class):
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            look(model)
+            return norm
 
     class Passes(TorchDispatchMode):
         names = ()
@@ -272,14 +344,23 @@ def test_swd_trainer_shows_clipped_gradients_to_callbacks_that_look(tmp_path, lo
             self.names += (func.overloadpacket.__name__,)
             return func(*args, **(kwargs or {}))
 
+    if looked_at == "subclass" and not hasattr(Trainer, "_clip_grad_norm"):
+        pytest.skip(clipping_inside.kwargs["reason"])
+    callbacks = {"callback": [Look()], "hook": [Hook()]}.get(looked_at, [])
     with Passes() as passes:
-        train(tmp_path, SWDTrainer, max_grad_norm=0.01, trainer_kwargs={"callbacks": [Look()] if looked_at else []})
+        train(
+            tmp_path,
+            Subclass if looked_at == "subclass" else trainer_class,
+            max_grad_norm=0.01,
+            trainer_kwargs={"callbacks": callbacks},
+        )
 
     assert seen == [pytest.approx(0.01, rel=1e-3)] * (6 if looked_at else 0)
-    assert ("_foreach_mul_" in passes.names) == looked_at
+    assert ("_foreach_mul_" in passes.names) == bool(looked_at)
 
 
-def test_swd_trainer_clips_by_itself_when_the_optimizer_has_only_part_of_the_model(tmp_path):
+@clipping_inside
+def test_accelerate_clips_when_the_optimizer_has_only_part_of_the_model(tmp_path):
     def run(trainer_class):
         model = tiny_bert()
         optimizer = AdamS(model.bert.encoder.parameters(), lr=1e-3)
@@ -292,19 +373,20 @@ def test_swd_trainer_clips_by_itself_when_the_optimizer_has_only_part_of_the_mod
             trainer_kwargs={"optimizers": (optimizer, scheduler)},
         )
 
-    stock, ours = run(Trainer), run(SWDTrainer)
-    assert torch.equal(weights(ours), weights(stock))
+    own, ours = run(ClipsByItself), run(Trainer)
+    assert torch.equal(weights(ours), weights(own))
     assert ours.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
 
 
-def test_swd_trainer_with_frozen_parameters(tmp_path):
+@clipping_inside
+def test_norm_is_shared_with_frozen_parameters(tmp_path):
     def run(trainer_class):
         model = tiny_bert()
         model.bert.embeddings.requires_grad_(False)
         return train(tmp_path, trainer_class, model=model, max_grad_norm=0.1)
 
-    stock, ours = run(Trainer), run(SWDTrainer)
-    assert distance(ours, stock) < 1e-5
+    own, ours = run(ClipsByItself), run(Trainer)
+    assert distance(ours, own) < 1e-5
     assert ours.optimizer.optimizer.schedule.clip_statistics()[1] == 6
 
 
@@ -325,39 +407,51 @@ def with_grad_scaler(trainer_class):
     return WithGradScaler
 
 
-def test_swd_trainer_unscales_before_it_clips(tmp_path):
+@clipping_inside
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path):
+    class ClipsByAccelerate(Trainer):
+        """By the accelerator's class, which unscales, and knows nothing of the schedule."""
+
+        def _clip_grad_norm(self, model):
+            return Accelerator.clip_grad_norm_(self.accelerator, model.parameters(), self.args.max_grad_norm)
+
     try:
-        stock, ours = (
-            train(tmp_path, with_grad_scaler(cls), max_grad_norm=0.1, max_steps=12) for cls in (Trainer, SWDTrainer)
+        own, ours = (
+            train(tmp_path, with_grad_scaler(cls), max_grad_norm=0.1, max_steps=12)
+            for cls in (ClipsByAccelerate, Trainer)
         )
     finally:
         AcceleratorState._reset_state(True)
-    assert stock.accelerator.scaler.get_scale() < 2.0**127  # the first steps overflowed and were skipped
+    assert own.accelerator.scaler.get_scale() < 2.0**127  # the first steps overflowed and were skipped
     schedule = ours.optimizer.optimizer.schedule
-    assert schedule.step_count == stock.optimizer.optimizer.schedule.step_count < 12
+    assert schedule.step_count == own.optimizer.optimizer.schedule.step_count < 12
     assert schedule.clip_statistics()[1] == 12
     assert torch.isfinite(weights(ours)).all()
-    assert distance(ours, stock) < 1e-5
+    assert distance(ours, own) < 1e-5
 
 
+@clipping_inside
 @pytest.mark.slow
-def test_swd_trainer_with_two_processes(tmp_path):
-    """DDP on CPU: as the stock Trainer, with the clipping norm shared."""
+def test_norm_is_shared_with_two_processes(tmp_path):
+    """DDP on CPU: the weights of a Trainer that clips by itself."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, torch\n"
         "from hf_utils import arguments, sentences, tiny_bert\n"
-        "from hf_swd import SWDTrainer\n"
         "from transformers import Trainer\n"
+        "import hf_swd\n"
+        "class ClipsByItself(Trainer):\n"
+        "    def _clip_grad_norm(self, model):\n"
+        "        return torch.nn.utils.clip_grad_norm_(list(model.parameters()), 0.1)\n"
         "result = []\n"
-        "for cls in (Trainer, SWDTrainer):\n"
+        "for cls in (ClipsByItself, Trainer):\n"
         "    args = arguments(sys.argv[1], max_grad_norm=0.1, ddp_backend='gloo', per_device_train_batch_size=4)\n"
         "    trainer = cls(tiny_bert(), args, train_dataset=sentences())\n"
         "    trainer.train()\n"
         "    assert trainer.accelerator.distributed_type == 'MULTI_CPU', trainer.accelerator.distributed_type\n"
         "    assert type(trainer.model_wrapped).__name__ == 'DistributedDataParallel'\n"
         "    seen = trainer.optimizer.optimizer.schedule.clip_statistics()[1]\n"
-        "    assert seen == (6 if cls is SWDTrainer else 0), seen\n"
+        "    assert seen == (6 if cls is Trainer else 0), seen\n"
         "    result.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))\n"
         "torch.save(result, f'{sys.argv[1]}/{trainer.args.process_index}.pt')\n"
     )
@@ -470,21 +564,15 @@ def test_large_decay_is_noticed_without_logs_and_with_a_reference(tmp_path, capl
     assert "reference_steps=100" not in message
 
 
-@pytest.mark.parametrize("logging_steps", [5, 500])
-def test_clipping_of_nearly_all_steps_is_counted_exactly_by_swd_trainer(tmp_path, caplog, logging_steps):
-    trainer = train(
-        tmp_path,
-        SWDTrainer,
-        optim_args=None,
-        weight_decay=5e-4,
-        max_steps=30,
-        logging_steps=logging_steps,
-        max_grad_norm=0.05,
-    )
+@both_trainers
+@pytest.mark.parametrize(("steps", "logging_steps"), [(30, 5), (30, 500), (4, 500)])
+def test_clipping_of_nearly_all_steps_is_counted(tmp_path, caplog, trainer_class, steps, logging_steps):
+    """From 20 steps on, or at the end of a shorter training."""
+    settings = {"max_steps": steps, "logging_steps": logging_steps, "max_grad_norm": 0.05}
+    trainer = train(tmp_path, trainer_class, optim_args=None, weight_decay=5e-4, **settings)
     (message,) = messages(caplog)
-    clipped, seen = trainer.optimizer.optimizer.schedule.clip_statistics()
-    assert (clipped, seen) == (30, 30)
-    known = 20 if logging_steps == 5 else 30
+    assert trainer.optimizer.optimizer.schedule.clip_statistics() == (steps, steps)
+    known = 20 if logging_steps == 5 else steps
     assert f"{known} of {known} steps were clipped to max_grad_norm=0.05" in message
     elements = sum(p.numel() for p in trainer.model.parameters())
     constant = 5e-4 * math.sqrt(elements) / 0.05
@@ -494,21 +582,45 @@ def test_clipping_of_nearly_all_steps_is_counted_exactly_by_swd_trainer(tmp_path
         assert training_logs(trainer)[-1][DECAY] == pytest.approx(constant, rel=1e-3)
 
 
+@clipping_inside
 @pytest.mark.parametrize(("logging_steps", "counted"), [(1, "20 of 20"), (10, "3 of 3")])
-def test_clipping_is_judged_by_the_logs_of_the_stock_trainer(tmp_path, caplog, logging_steps, counted):
-    train(tmp_path, Trainer, max_steps=30, logging_steps=logging_steps, max_grad_norm=0.05)
+def test_clipping_that_the_schedule_does_not_see_is_judged_by_logs(tmp_path, caplog, logging_steps, counted):
+    train(tmp_path, ClipsByItself, max_steps=30, logging_steps=logging_steps, max_grad_norm=0.05)
     (message,) = messages(caplog)
     assert f"{counted} logged steps were clipped to max_grad_norm=0.05" in message
     assert "AdamW with weight_decay=0.01" in message  # calibrated at step 3, and constant ever since
 
 
 @both_trainers
-@pytest.mark.parametrize(
-    "changes", [{"max_steps": 19}, {"max_grad_norm": 0.0}, {"logging_steps": 15, "max_grad_norm": 10.0}]
-)
-def test_too_few_clipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, changes):
-    train(tmp_path, trainer_class, **{"max_steps": 30, "max_grad_norm": 0.05, **changes})
+@pytest.mark.parametrize("changes", [{"max_grad_norm": 0.0}, {"logging_steps": 15, "max_grad_norm": 10.0}])
+def test_unclipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, changes):
+    train(tmp_path, trainer_class, **{"max_steps": 30, **changes})
     assert messages(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, True),
+        ({"optim": "adamw_torch", "optim_args": None}, False),
+        ({"max_grad_norm": 0.0}, False),
+        ({"weight_decay": 0.0}, False),
+        ({"optim_args": "unclipped_norm=true"}, False),
+    ],
+)
+def test_that_the_schedule_follows_clipped_gradients_is_said_before_the_first_step(tmp_path, caplog, changes, said):
+    class AtFirstStep(TrainerCallback):
+        found = ()
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.found = self.found or ([r.getMessage() for r in caplog.records if CLIPPED_NORM in r.getMessage()],)
+
+    callback = AtFirstStep()
+    train(tmp_path, max_steps=3, trainer_kwargs={"callbacks": [callback]}, **changes)
+    (found,) = callback.found
+    assert len(found) == said == len([r for r in caplog.records if CLIPPED_NORM in r.getMessage()])
+    for part in ("max_grad_norm=1:", "raise max_grad_norm", "unclipped_norm=true") if said else ():
+        assert part in found[0]
 
 
 def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog):

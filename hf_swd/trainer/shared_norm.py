@@ -1,0 +1,83 @@
+"""One reading of the gradients for a Trainer's clipping and its optimizer's schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.trainer_callback import TrainerCallback
+from transformers.utils import is_sagemaker_mp_enabled
+
+from ..adams import AdamS
+from ..core.schedule import schedule_of
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+# Where a Trainer may do something between clipping and the step; not every version has all of them.
+_BETWEEN_CLIPPING_AND_STEP = ("_inner_training_loop", "_run_epoch", "_clip_grad_norm", "_get_grad_norm")
+
+
+@contextlib.contextmanager
+def shared_norm(trainer: Trainer) -> Iterator[None]:
+    """
+    While it lasts, `trainer.accelerator.clip_grad_norm_`, by which every version of transformers clips and measures,
+    takes the norm from the schedule of the trainer's optimizer, which then need not read the gradients again.
+
+    It does so in one process and under DDP and FSDP, for the gradients of all parameters that the optimizer holds. All
+    other calls, those without a schedule among them, go to accelerate as they are, and an accelerator with a clipping
+    of its own is left alone.
+    """
+    accelerator = trainer.accelerator
+    clip = accelerator.clip_grad_norm_
+    if getattr(clip, "__func__", None) is not Accelerator.clip_grad_norm_:
+        yield
+        return
+
+    def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
+        if schedule_of(trainer.optimizer) is None or norm_type != 2:
+            return clip(parameters, max_norm, norm_type)
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm = _clip_with_schedule(trainer, parameters, max_norm)
+        return clip(parameters, max_norm, norm_type) if norm is None else norm
+
+    accelerator.clip_grad_norm_ = clip_grad_norm_
+    try:
+        yield
+    finally:
+        del accelerator.clip_grad_norm_
+
+
+def _clip_with_schedule(trainer: Trainer, parameters: list[Tensor], max_norm: float) -> Tensor | None:
+    """The norm of all gradients, now clipped; `None` where the schedule does not see it."""
+    schedule = schedule_of(trainer.optimizer)
+    kind = trainer.accelerator.distributed_type
+    if schedule is None or not (kind in ("NO", "FSDP") or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
+        return None
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for p in parameters if p.requires_grad}:
+        return None
+    trainer.accelerator.unscale_gradients(trainer.optimizer)
+    optimizer = schedule.optimizer
+    if isinstance(optimizer, AdamS):
+        return optimizer.clip_grad_norm_(max_norm, defer=not _gradients_are_looked_at(trainer, optimizer))
+    return schedule.clip_grad_norm_(max_norm)
+
+
+def _gradients_are_looked_at(trainer: Trainer, optimizer: AdamS) -> bool:
+    """Whether someone may read or change gradients between clipping and the step."""
+    methods = [getattr(trainer, name, None) for name in _BETWEEN_CLIPPING_AND_STEP]
+    modules = {method.__module__ for method in methods if method is not None}
+    return (
+        not modules <= {"transformers.trainer", "hf_swd.trainer.trainer"}
+        or bool(optimizer._optimizer_step_pre_hooks)
+        or any(
+            type(callback).on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step
+            for callback in trainer.callback_handler.callbacks
+        )
+    )
