@@ -14,7 +14,7 @@ VERSION = re.search(
 extras = {
     "plot": ["matplotlib>=3.8"],
     "deepspeed": ["deepspeed>=0.18"],
-    "quality": ["ruff==0.17.6"],
+    "quality": ["ruff==0.17.6", "mypy==2.4.1", "pyright==1.1.414"],
     "docs": ["sphinx>=8.0", "furo>=2025.7", "myst-parser>=4.0"],
     "benchmark": ["matplotlib>=3.8", "pytorch_optimizer>=4.0"],
     "examples": [

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,
@@ -26,6 +27,7 @@ from .core.validation import check_options
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
 
 
 # The Trainer's rule (Trainer.get_decay_parameter_names): no decay for biases and for what is named like a norm.
@@ -107,7 +109,7 @@ class AdamS(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -161,7 +163,7 @@ class AdamS(torch.optim.AdamW):
         check_options(param_group)
         super().add_param_group(param_group)
 
-    @torch._disable_dynamo  # a compiled function runs the step as it is: torch's kernels have nothing to gain
+    @_disable_dynamo  # a compiled function runs the step as it is: torch's kernels have nothing to gain
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
@@ -196,7 +198,7 @@ class AdamS(torch.optim.AdamW):
             kinds = {(type(p), p.device, p.dtype): p for p in with_grad}
             fused, _ = _default_to_fused_or_foreach([*kinds.values()], group["differentiable"], use_fused=True)
         lists: list[list[Tensor]] = [[] for _ in range(6)]
-        has_complex = self._init_group({**group, "fused": fused}, *lists)
+        has_complex = self._init_group({**group, "fused": fused}, *lists)  # type: ignore[no-untyped-call]
         lists = [local_parts(tensors) for tensors in lists]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule._blocks.clipping.deferred
@@ -221,10 +223,15 @@ class AdamS(torch.optim.AdamW):
             decay = 0.0
         beta1, beta2 = group["betas"]
         adamw(
-            *lists,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
             fused=fused,
             has_complex=has_complex,
-            weight_decay=decay,
+            weight_decay=decay,  # type: ignore[arg-type]  # a tensor where gradients flow through the step
             beta1=beta1,
             beta2=beta2,
             grad_scale=grad_scale,
@@ -246,7 +253,7 @@ class AdamS(torch.optim.AdamW):
                 for tensor in tensors:
                     tensor.addcmul_(tensor, product.to(dtype), value=-1)
             else:
-                torch._foreach_mul_(tensors, (1 - product).to(dtype))
+                torch._foreach_mul_(tensors, (1 - product).to(dtype))  # pyright: ignore[reportPrivateImportUsage]
 
     def __getstate__(self) -> dict[str, Any]:
         if self._decay_schedule.process_group is not None:
@@ -261,14 +268,30 @@ class AdamS(torch.optim.AdamW):
         return {**state, "state": defaultdict(dict, self._decay_schedule._blocks.saved_state(self.state))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_decay_schedule" not in self.__dict__:
             options = {key: self.defaults[key] for key in OPTIONS if key in self.defaults}
             self._decay_schedule = WeightDecaySchedule(self, **options)
 
 
+class AdamSOptions(TypedDict, total=False):
+    """Keyword arguments that [`create_adams`] hands on to [`AdamS`], for editors and type checkers."""
+
+    betas: tuple[float | Tensor, float | Tensor]
+    eps: float
+    amsgrad: bool
+    reference_steps: int
+    unclipped_norm: bool
+    process_group: ProcessGroup | None
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+
+
 def create_adams(
-    model: nn.Module, *, lr: float | Tensor = 1e-3, weight_decay: float = 5e-4, **adams_kwargs: Any
+    model: nn.Module, *, lr: float | Tensor = 1e-3, weight_decay: float = 5e-4, **adams_kwargs: Unpack[AdamSOptions]
 ) -> AdamS:
     """
     AdamS over the trainable parameters of a model, in the Trainer's two groups: no decay for biases and norms.

@@ -128,7 +128,9 @@ class ScheduledWeightDecay(WeightDecaySchedule):
                 state[SUM], state[STEP] = total, step
         self._loaded()
 
-    def _pre_hook(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _pre_hook(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             with torch.no_grad():

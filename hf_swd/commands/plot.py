@@ -31,7 +31,7 @@ _PANELS = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D")
-_EVALUATION = {"linewidth": 0.7, "markersize": 5.5, "markerfacecolor": "white", "zorder": 3}
+_EVALUATION: dict[str, Any] = {"linewidth": 0.7, "markersize": 5.5, "markerfacecolor": "white", "zorder": 3}
 _FEW_POINTS = 15
 _LEGEND_CHARACTERS = 130
 
@@ -78,14 +78,14 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
         ValueError: no run, a file that is no trainer state, a log without any of the series, or an unknown image
             format.
     """
-    output_dirs = [Path(path) for path in output_dirs]
-    if not output_dirs:
+    paths = [Path(path) for path in output_dirs]
+    if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    folders = {_find_state(path): (path if path.is_dir() else path.parent).resolve() for path in output_dirs}
+    folders = {_find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
     runs = [_read(state) for state in folders]
     for run, name in zip(runs, _short_names(list(folders.values())), strict=True):
         run.name = name
-    first = output_dirs[0]
+    first = paths[0]
     target = (first if first.is_dir() else first.parent) / "swd_plot.png" if output is None else Path(output)
     if not target.suffix:
         raise ValueError(
@@ -137,7 +137,7 @@ def _read(path: Path) -> _Run:
     return run
 
 
-class _Unknown(dict):
+class _Unknown(dict[Any, Any]):
     """Stands for every object in a pickle: its contents are kept, and nothing is imported or called."""
 
     def __init__(self, *args: Any):
@@ -188,10 +188,11 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
 
     def name(folder: Path) -> str:
-        for count in range(1, len(folder.parts) + 1):
-            if sum(other.parts[-count:] == folder.parts[-count:] for other in folders) == 1:
-                break
-        return os.path.join(*folder.parts[-count:])
+        for count in range(1, len(folder.parts)):
+            end = folder.parts[-count:]
+            if sum(other.parts[-count:] == end for other in folders) == 1:
+                return os.path.join(*end)
+        return str(folder)
 
     return [name(folder) for folder in folders]
 
@@ -211,14 +212,14 @@ def _draw(runs: Sequence[_Run]) -> Figure:
     columns = max(1, min(len(runs), _LEGEND_CHARACTERS // (max(map(len, labels)) + 9)))
     height = 3.3 + 0.19 * math.ceil(len(runs) / columns)
     with rc_context({"font.size": 9, "pdf.fonttype": 42, "svg.fonttype": "none", "axes.axisbelow": True}):
-        figure = Figure(figsize=(10, height), layout="constrained")
+        figure = Figure(figsize=(10, height))
+        figure.set_layout_engine("constrained", wspace=0.05)
         for axes, (key, (title, unit)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
             _draw_panel(axes, runs, key)
             axes.set_title(title)
             axes.set_ylabel(unit)
         handles = [Line2D([], [], **_style(index)) for index in range(len(runs))]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2, frameon=False)
-        figure.get_layout_engine().set(wspace=0.05)
     return figure
 
 
@@ -231,7 +232,7 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
         points = run.drawn(key)
         marker = _MARKERS[index % len(_MARKERS)]
         if points:
-            few = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
+            few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
             axes.plot(*zip(*points, strict=True), **_style(index), **few, label=run.name)
         evaluations = run.logged("eval_loss") if key == "loss" else []
         if evaluations:

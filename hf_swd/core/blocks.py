@@ -7,10 +7,11 @@ model (`engines/zero.py`). The schedule knows nothing else of parameters.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import is_
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .grad_norm import HALF, squared_norms, without_pending_sums
 from .moments import maximum_sum, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean
 from .sharding import Layout, Shard
-from .state_entries import NO_STATE, STEP, SUM, StateWatch, as_saved, has_entry, hold, is_view, read, show
+from .state_entries import NO_STATE, STEP, SUM, State, StateWatch, as_saved, has_entry, hold, is_view, read, show
 
 
 if TYPE_CHECKING:
@@ -29,47 +30,59 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class Blocks(Protocol):
+class Blocks(ABC):
     """What the schedule asks of whoever tells it the squared norm of the whole gradient."""
 
     running: RunningSums
     clipping: Clipping
     group_entries: Mapping[str, Tensor] = {}
     """What the parameter groups hold beside the numbers of the whole model."""
+    process_group: ProcessGroup | None = None
+    """Ranks whose optimizers hold disjoint parts of the model."""
 
     def begins_step(self) -> bool:
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
         return True
 
+    @abstractmethod
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         """Make the running sums those of the optimizer's state. `loaded`: the group that `mean` is from, if new."""
 
+    @abstractmethod
     def beta2(self) -> Tensor:
         """Decay rate of each block's moment, shape `(blocks,)`."""
 
+    @abstractmethod
     def measure(self, *, unclipped: bool) -> Measured | None:
         """What the coming step brings; `None` if no rank has a gradient."""
 
+    @abstractmethod
     def total(self, values: Tensor) -> Tensor:
         """Sum over the model of numbers of the blocks, of shape `(blocks, k)`: shape `(k,)`."""
 
+    @abstractmethod
     def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
         """Clip the gradients to a total norm, and return what it was: 0-d."""
 
+    @abstractmethod
     def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
         """The state of a `state_dict` with plain numbers."""
 
+    @abstractmethod
     def write_back(self) -> None:
         """After the step: let the optimizer's state hold the running sums."""
 
     def begin_anew(self) -> None:
         """A checkpoint was loaded: what is known of the state no longer holds."""
+        return
 
     def check_loadable(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
         """Raise a `RuntimeError` if a checkpoint lacks what nothing else in it tells."""
+        return
 
     def remove(self) -> None:
         """Take out of the optimizer's state what was put there."""
+        return
 
 
 class ParameterBlocks(Blocks):
@@ -108,12 +121,15 @@ class ParameterBlocks(Blocks):
 
     @property
     def _optimizer(self) -> Optimizer:
-        return self._reference()
+        optimizer = self._reference()
+        assert optimizer is not None, "the schedule has looked"
+        return optimizer
 
     # The optimizer's state
 
     def begin_anew(self) -> None:
-        self._params: list[Tensor] | None = None
+        self._params: list[Tensor] = []
+        self._is_read = False
         states = self._states_of(self._all_params())
         hold(states)
         self._watch = StateWatch(states)
@@ -121,7 +137,7 @@ class ParameterBlocks(Blocks):
     def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
         params = self._all_params()
         self._states = states = self._states_of(params)
-        is_new = self._params is None
+        is_new = not self._is_read
         if not self._holds(params) or not self._watch.sees_the_same(states):
             self._read(params, states)
         if (is_new or loaded is not None) and mean.step == 0:
@@ -168,16 +184,16 @@ class ParameterBlocks(Blocks):
     def _all_params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _states_of(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+    def _states_of(self, params: Sequence[Tensor]) -> list[State]:
         """The state of each parameter. An optimizer takes one that is not empty for complete: an empty one counts as
         none, and is not written to before the step."""
         state = self._optimizer.state
         return [state.get(p) or NO_STATE for p in params]
 
     def _holds(self, params: Sequence[Tensor]) -> bool:
-        return self._params is not None and len(params) == len(self._params) and all(map(is_, params, self._params))
+        return self._is_read and len(params) == len(self._params) and all(map(is_, params, self._params))
 
-    def _read(self, params: list[Tensor], states: Sequence[Mapping[str, Any]]) -> None:
+    def _read(self, params: list[Tensor], states: Sequence[State]) -> None:
         if not self._holds(params):
             # What is known of the gradients is known by position.
             self.clipping.settle([p.grad for p in params if p.grad is not None])
@@ -187,7 +203,7 @@ class ParameterBlocks(Blocks):
             for p, state, old in zip(params, states, self._watch.outdated(states), strict=True)
         ]
         numbers = read(states, is_trusted)
-        self._params = params
+        self._params, self._is_read = params, True
         self._layout = Layout(params, self.shards, self.process_group)
         counts = self._layout.counts
         sums, steps = (torch.tensor(vector, dtype=counts.dtype).to(counts.device) for vector in numbers[:2])
@@ -197,7 +213,7 @@ class ParameterBlocks(Blocks):
             sums += self._layout.of_whole_parameters(parts.unsqueeze(1)).squeeze(1)
         self.running = RunningSums(sums, steps, counts)
         self._views: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] = None, []
-        self._beta2: tuple[list, Tensor] | None = None
+        self._beta2: tuple[list[tuple[Any, int]], Tensor] | None = None
         self._index: tuple[list[int], Tensor] | None = None
         show(states, self._entries())
         self._watch = StateWatch(states)
@@ -292,7 +308,7 @@ class ParameterBlocks(Blocks):
         """What AMSGrad's maxima add up to. As a lower bound, since in float16 they underflow to 0."""
         zero = self.running.sums.new_zeros(())
         maxima = [
-            maximum_sum(p, self._optimizer.state.get(p, NO_STATE), group["betas"][1], grad_scale).to(zero)
+            maximum_sum(p.grad, self._optimizer.state.get(p, NO_STATE), group["betas"][1], grad_scale).to(zero)
             if group.get("amsgrad") and p.grad is not None
             else zero
             for group in self._optimizer.param_groups

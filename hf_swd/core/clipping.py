@@ -34,7 +34,7 @@ class Clipping:
 
     def clip(
         self,
-        grads: Sequence[Tensor],
+        grads: list[Tensor],
         measured: Measured,
         norm: Tensor,
         max_norm: float,
@@ -46,7 +46,7 @@ class Clipping:
         Scale the gradients in place to a total norm, or note by what they are to be scaled.
 
         Args:
-            grads (`Sequence[Tensor]`): the gradients.
+            grads (`list[Tensor]`): the gradients.
             measured (`Measured`): what a step with them brings as they are.
             norm (0-d `Tensor`): norm of all gradients of the model, of all ranks.
             max_norm (`float`): what it may be at most.
@@ -71,7 +71,7 @@ class Clipping:
         if self._last is not None and self._last.settle(present):
             self._last = None
 
-    def take(self, grads: Sequence[Tensor]) -> Measured | None:
+    def take(self, grads: list[Tensor]) -> Measured | None:
         """
         What is known of the gradients of a step, which the step uses up; sets `deferred`.
 
@@ -100,19 +100,19 @@ class _Clipped:
     What a clipping leaves behind for the step. Holds the gradients weakly.
 
     Args:
-        grads (`Sequence[Tensor]`): the gradients.
+        grads (`list[Tensor]`): the gradients.
         measured (`Measured`): what a step with them brings, once they are scaled.
         due (0-d `Tensor`, *optional*): the factor that they are still to be multiplied by.
     """
 
-    def __init__(self, grads: Sequence[Tensor], measured: Measured, due: Tensor | None = None) -> None:
+    def __init__(self, grads: list[Tensor], measured: Measured, due: Tensor | None = None) -> None:
         self.due = due
         self._seen = list(zip(map(weakref.ref, grads), _versions(grads), strict=True))
         self._measured = measured
         smallest = min(range(len(grads)), key=lambda i: grads[i].numel() or math.inf)
         self._probe = smallest, _square_of_sample(grads[smallest])
 
-    def is_of(self, grads: Sequence[Tensor]) -> bool:
+    def is_of(self, grads: list[Tensor]) -> bool:
         """Whether `grads` are the tensors that were clipped, and none was written to since. (A GradScaler that
         unscales them is not noticed here; see [`measured_now`].)"""
         return len(grads) == len(self._seen) and all(
@@ -120,7 +120,7 @@ class _Clipped:
             for (reference, known), grad, version in zip(self._seen, grads, _versions(grads), strict=True)
         )
 
-    def measured_now(self, grads: Sequence[Tensor]) -> Measured:
+    def measured_now(self, grads: list[Tensor]) -> Measured:
         """What a step with them brings. A GradScaler may have divided all of them by its scale, which their version
         counters do not show: the ratio of one gradient's squared norms, now and when it was clipped, does."""
         smallest, before = self._probe
@@ -148,12 +148,12 @@ def _square_of_sample(grad: Tensor) -> Tensor:
     return squared_norms([grad])
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def _versions(tensors: list[Tensor]) -> list[int]:
     return [tensor._version for tensor in local_parts(tensors)]
 
 
-def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors (of a DTensor the part that this rank holds) in place by a number (0-d)."""
     parts = local_parts(tensors)
     for (device, dtype), indices in by_kind(parts).items():
-        torch._foreach_mul_([parts[i] for i in indices], factor.to(device, dtype, non_blocking=True))
+        torch._foreach_mul_([parts[i] for i in indices], factor.to(device, dtype, non_blocking=True))  # pyright: ignore[reportPrivateImportUsage]

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -42,12 +47,17 @@ def by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype],
     return kinds
 
 
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, whose class not every build of torch has."""
+    return hasattr(tensor, "placements")
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     """[`local_part`] of each."""
     # A missing attribute costs a microsecond, and there may be thousands of tensors.
     return tensors if _PLAIN.issuperset(map(type, tensors)) else [local_part(tensor) for tensor in tensors]
@@ -55,20 +65,19 @@ def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def without_pending_sums(tensor: Tensor) -> Tensor:
     """A DTensor whose ranks still hold addends (a "partial" placement), summed; any other tensor as it is."""
-    placements = getattr(tensor, "placements", ())
-    if not any(placement.is_partial() for placement in placements):
+    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
         return tensor
     from torch.distributed.tensor import Replicate
 
-    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+def squared_norms(tensors: list[Tensor]) -> Tensor:
     """
     Squared 2-norm of each tensor.
 
     Args:
-        tensors (`Sequence[Tensor]`): dense tensors of any shape, stride, floating or complex dtype and device; of a
+        tensors (`list[Tensor]`): dense tensors of any shape, stride, floating or complex dtype and device; of a
             DTensor the part that this rank holds.
 
     Returns:
@@ -85,23 +94,22 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled():
         return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
-    result: list[Tensor | None] = [None] * len(tensors)
+    result: dict[int, Tensor] = {}
     for (kind_device, kind_dtype), indices in by_kind(tensors).items():
         kind = [tensors[i] for i in indices]
         if kind_device.type == "cpu":
             squares = _squared_norms_on_cpu(kind)
         else:
-            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))
+            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))  # pyright: ignore[reportPrivateImportUsage]
             squares = squares.to(accumulation_dtype(kind_device)).square()
         squares = squares.to(device, dtype, non_blocking=device.type != "cpu")
         if len(indices) == len(tensors):
             return squares
-        for i, square in zip(indices, squares.unbind(), strict=True):
-            result[i] = square
-    return torch.stack(result)
+        result.update(zip(indices, squares.unbind(), strict=True))
+    return torch.stack([result[i] for i in range(len(tensors))])
 
 
-def sums(tensors: Sequence[Tensor]) -> Tensor:
+def sums(tensors: list[Tensor]) -> Tensor:
     """Sum of the elements of each tensor (of both parts of complex ones) in float64; arguments and result as
     [`squared_norms`]."""
     if not tensors:
@@ -117,7 +125,7 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
+def _squared_norms_on_cpu(tensors: list[Tensor]) -> Tensor:
     """Of real tensors of one dtype."""
     result = torch.zeros(len(tensors), dtype=torch.float64)
     half = tensors[0].dtype in HALF
@@ -131,21 +139,21 @@ def _squared_norms_on_cpu(tensors: Sequence[Tensor]) -> Tensor:
             continue
         if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
             size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
-            result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in tensor.split(size))
+            result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in torch.split(tensor, size))
             continue
         flat = _in_memory_order(tensor).view(-1)
         rows, tail = divmod(flat.numel(), _ROW)
         table = flat.as_strided((rows, _ROW), (_ROW, 1))
         new = [
             torch.linalg.vector_norm(part.float() if half else part, dim=1)
-            for part in (table.split(_SLICE_ROWS) if half else [table])
+            for part in (torch.split(table, _SLICE_ROWS) if half else [table])
         ]
         if tail:
             new.append(flat[rows * _ROW :])
         parts += new
         owners += [i] * len(new)
     if parts:
-        squares = torch.stack(torch._foreach_norm(parts, 2, torch.float64)).square()
+        squares = torch.stack(torch._foreach_norm(parts, 2, torch.float64)).square()  # pyright: ignore[reportPrivateImportUsage]
         result.index_add_(0, torch.tensor(owners), squares)
     return result
 

@@ -123,10 +123,10 @@ def has_effective_decay(group: Mapping[str, Any]) -> bool:
     return _MARK in group and _is_scheduled(group) and group["weight_decay"] != group.get("initial_weight_decay")
 
 
-def _is_scheduled(group: Group) -> bool:
+def _is_scheduled(group: Mapping[str, Any]) -> bool:
     value, scheduled = group["weight_decay"], group.get("scheduled_weight_decay")
     if value is scheduled:
         return True
     if scheduled is None or isinstance(value, Tensor):
         return False
-    return value == scheduled or (value != value and scheduled != scheduled)  # the schedule's own NaN, copied
+    return bool(value == scheduled or (value != value and scheduled != scheduled))  # the schedule's own NaN, copied

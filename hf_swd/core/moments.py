@@ -24,19 +24,19 @@ def moment_sums(moments: Sequence[Tensor]) -> Tensor:
 
 
 def maximum_sum(
-    p: Tensor, state: Mapping[str, Any], beta2: float | Tensor, grad_scale: Tensor | None = None
+    grad: Tensor, state: Mapping[str, Any], beta2: float | Tensor, grad_scale: Tensor | None = None
 ) -> Tensor:
     """
     Sum of the maximum that AMSGrad will divide by in the coming step of a parameter (of a DTensor, over the part that
     is here).
 
     Args:
-        p: the parameter, with a gradient.
-        state: the optimizer's state of it.
+        grad: the parameter's gradient.
+        state: the optimizer's state of the parameter.
         beta2: decay rate of the moment.
         grad_scale: what the gradients are to be divided by, if anything.
     """
-    grad = real_view(local_part(p.grad if grad_scale is None else p.grad / grad_scale))
+    grad = real_view(local_part(grad if grad_scale is None else grad / grad_scale))
     # Squares of small half-precision numbers underflow.
     second = (1 - beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
     if "exp_avg_sq" in state:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import group_state
 from .blocks import Blocks, ParameterBlocks
@@ -38,8 +39,9 @@ def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
     (accelerate, DeepSpeed); `None` if there is none."""
     while optimizer is not None:
         attributes = getattr(optimizer, "__dict__", {})
-        if attributes.get("_decay_schedule") is not None:
-            return attributes["_decay_schedule"]
+        schedule: WeightDecaySchedule | None = attributes.get("_decay_schedule")
+        if schedule is not None:
+            return schedule
         optimizer = attributes.get("optimizer")
     return None
 
@@ -82,7 +84,7 @@ class WeightDecaySchedule:
         """The parameters that the optimizer was built for; an engine may have put others in their place."""
         # As torch's own options: groups that are added take them from here.
         optimizer.defaults.update(reference_steps=reference_steps, unclipped_norm=unclipped_norm)
-        optimizer._decay_schedule = self
+        optimizer.__dict__["_decay_schedule"] = self  # see schedule_of
         first = {**dict.fromkeys(_NUMBERS, 0), "reference_steps": reference_steps, "unclipped_norm": unclipped_norm}
         for group in optimizer.param_groups:
             for key, value in first.items():
@@ -130,7 +132,8 @@ class WeightDecaySchedule:
     @property
     def reference_steps(self) -> int:
         """K of the calibration; 0 for the paper's schedule."""
-        return group_state.read(self._groups, "reference_steps")
+        steps: int = group_state.read(self._groups, "reference_steps")
+        return steps
 
     @property
     def unclipped_norm(self) -> bool:
@@ -140,7 +143,7 @@ class WeightDecaySchedule:
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose optimizers hold disjoint parts of the model."""
-        return getattr(self._blocks, "process_group", None)
+        return self._blocks.process_group
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -169,7 +172,7 @@ class WeightDecaySchedule:
         """
         return self._clip(max_norm, defer=False)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def _clip(self, max_norm: float, *, defer: bool) -> Tensor:
         """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by
@@ -180,7 +183,7 @@ class WeightDecaySchedule:
         self._take_in()
         return self._blocks.clip(max_norm, defer=defer, unclipped=self.unclipped_norm)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _before_step(self) -> list[float | Tensor]:
         """
         Take in the gradients of one optimizer step, before the step changes any weight.
@@ -223,19 +226,20 @@ class WeightDecaySchedule:
         self._show()
 
     def _write_decay(self) -> list[float | Tensor]:
-        factor = self._mean.factor(calibrated=self.reference_steps > 0)
-        on_host = factor.device.type == "cpu" if self._decay_on_host is None else self._decay_on_host
-        if on_host and not factor.requires_grad:
-            factor = factor.item()
+        scalar = self._mean.factor(calibrated=self.reference_steps > 0)
+        on_host = scalar.device.type == "cpu" if self._decay_on_host is None else self._decay_on_host
+        factor = scalar.item() if on_host and not scalar.requires_grad else scalar
         groups = self._groups
         decays = [self._effective(group, factor) for group in groups]
         for group, decay in zip(groups, decays, strict=True):
-            has_graph = isinstance(decay, Tensor) and decay.requires_grad
-            group_state.write_decay(group, decay.item() if has_graph else decay)
+            group_state.write_decay(
+                group, decay.item() if isinstance(decay, Tensor) and decay.requires_grad else decay
+            )
         return decays
 
     def _effective(self, group: dict[str, Any], factor: float | Tensor) -> float | Tensor:
-        user_decay, lr = group["initial_weight_decay"], group["lr"]
+        user_decay: float = group["initial_weight_decay"]
+        lr: float | Tensor = group["lr"]
         if user_decay == 0:
             return 0.0
         decay = user_decay * factor
@@ -268,7 +272,7 @@ class WeightDecaySchedule:
         """Take the squared norms of the gradient from `blocks` from now on (an engine does so when it is attached)."""
         if hasattr(self, "_blocks"):
             self._blocks.clipping.settle()
-        self._blocks = blocks
+        self._blocks: Blocks = blocks
         self._restart(self._groups[0])
 
     def _detach(self) -> None:
@@ -280,7 +284,7 @@ class WeightDecaySchedule:
         for key in group_state.OPTIONS:
             self.optimizer.defaults.pop(key, None)
         self._blocks.remove()
-        del self.optimizer._decay_schedule
+        del self.optimizer.__dict__["_decay_schedule"]
 
     def _restart(self, group: Mapping[str, Any]) -> None:
         """Go on from the numbers that a group holds."""

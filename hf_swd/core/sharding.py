@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .grad_norm import accumulation_dtype
+from .grad_norm import accumulation_dtype, is_dtensor
 
 
 if TYPE_CHECKING:
@@ -93,9 +93,12 @@ def _maximum(values: Tensor) -> Tensor:
 
 
 def _sharding_groups(param: Tensor) -> list[ProcessGroup]:
-    mesh = getattr(param, "device_mesh", None)
-    placements = getattr(param, "placements", ())
-    return [mesh.get_group(dim) for dim, p in enumerate(placements) if not p.is_replicate() and mesh.size(dim) > 1]
+    if not is_dtensor(param):
+        return []
+    mesh = param.device_mesh
+    return [
+        mesh.get_group(dim) for dim, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(dim) > 1
+    ]
 
 
 def _all_reduce(values: Tensor, group: ProcessGroup | None, combine: Callable[[Tensor], Tensor]) -> Tensor:

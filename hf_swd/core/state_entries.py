@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from .moments import second_moment
 SUM = "second_moment_sum"
 STEP = "second_moment_step"
 
-State = Mapping[str, Any]
-NO_STATE: State = MappingProxyType({})
+State = dict[str, Any]
+NO_STATE = cast(State, MappingProxyType({}))  # nobody may write to it
 
 
 def has_entry(state: Any) -> bool:

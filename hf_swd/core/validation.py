@@ -20,7 +20,7 @@ def check_options(options: dict[str, Any]) -> None:
             raise TypeError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
             check_number(f"betas[{i}]", beta, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
-        if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        if len({isinstance(beta, Tensor) for beta in betas}) == 2:
             raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
     for name in ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused"):
         if name in options:

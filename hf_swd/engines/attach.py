@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -14,7 +15,7 @@ from .zero import bind_zero, find_zero_optimizer, is_zero_parameter, refuse_repl
 
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 
@@ -68,38 +69,44 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
             "wrap it in hf_swd.ScheduledWeightDecay before accelerator.prepare"
         )
     shards = {} if model is None else fsdp1_shards(model)
-    if shards:
+    if shards and isinstance(schedule._blocks, ParameterBlocks):
         schedule._use(schedule._blocks.divided(shards=shards))
     return schedule
 
 
-def _before_any_step(optimizer: Any, args: tuple, kwargs: dict) -> None:
+def _before_any_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a step of any optimizer: bind what needs no `attach`, and stop where `attach` is missing."""
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        # torch builds the optimizer of each rank's share itself, and so must hand it the ranks.
-        schedule = schedule_of(optimizer.optim)
-        if schedule is not None and schedule.process_group is None:
-            schedule._use(schedule._blocks.divided(process_group=optimizer.process_group))
-            # It saves groups that it has copied from the optimizer inside, as they are in memory.
-            optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule._save_groups(state_dict))
+        _bind_zero_redundancy(optimizer)
         return
     schedule = schedule_of(optimizer)
     if schedule is None:
         refuse_replacement(optimizer)
     elif isinstance(schedule._blocks, ParameterBlocks) and schedule not in _seen_whole:
-        _refuse_unknown_shards(optimizer, schedule)
+        _refuse_unknown_shards(optimizer, schedule, schedule._blocks.shards)
+
+
+def _bind_zero_redundancy(optimizer: Any) -> None:
+    """torch's ZeroRedundancyOptimizer builds the optimizer of each rank's share itself, and so must hand it the
+    ranks."""
+    schedule = schedule_of(optimizer.optim)
+    if schedule is None or not isinstance(schedule._blocks, ParameterBlocks) or schedule.process_group is not None:
+        return
+    schedule._use(schedule._blocks.divided(process_group=optimizer.process_group))
+    # It saves groups that it has copied from the optimizer inside, as they are in memory.
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule._save_groups(state_dict))
 
 
 _seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
 """Schedules that have made a step with gradients on parameters that nobody divides."""
 
 
-def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule) -> None:
+def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule, known: Collection[Tensor]) -> None:
     """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     originals = [p for reference in schedule._model_params if (p := reference()) is not None]
     zero = any(map(is_zero_parameter, originals))
-    fsdp = any(is_fsdp1_shard(p) and p not in schedule._blocks.shards for p in params)
+    fsdp = any(is_fsdp1_shard(p) and p not in known for p in params)
     if not (zero or fsdp):
         _seen_whole.add(schedule)
     elif any(p.grad is not None and p.grad.any() for p in params):

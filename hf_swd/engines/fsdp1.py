@@ -30,7 +30,9 @@ def fsdp1_shards(model: nn.Module) -> dict[Tensor, Shard]:
         group = None if whole else module.process_group
         if not handle._use_orig_params:
             shards[flat] = Shard(group, flat.numel() - (0 if whole else flat._shard_numel_padded))
-        elif whole:
+            continue
+        assert flat._params is not None, "use_orig_params keeps them"
+        if whole:
             shards.update((p, Shard(group, p.numel())) for p in flat._params)
         else:
             infos = zip(flat._params, flat._shard_param_infos, strict=True)

@@ -88,21 +88,23 @@ class ZeroBlock(Blocks):
 
     def __init__(self, zero_optimizer: Any) -> None:
         self._zero = zero_optimizer
-        kind = next((c.__name__ for c in type(zero_optimizer).__mro__ if c.__name__ in _MODEL_PARAMETERS), None)
-        groups = getattr(zero_optimizer, _MODEL_PARAMETERS.get(kind, ""), None)
+        names = (_MODEL_PARAMETERS.get(c.__name__) for c in type(zero_optimizer).__mro__)
+        name = next(filter(None, names), "")
+        groups = getattr(zero_optimizer, name, None)
         version = importlib.metadata.version("deepspeed")
         if groups is None or not hasattr(zero_optimizer, "clip_grad"):
             raise RuntimeError(
                 f"{type(zero_optimizer).__name__} of deepspeed {version} is not known to hf_swd, or lacks "
-                f"{_MODEL_PARAMETERS.get(kind, 'the groups of parameters')!r} or 'clip_grad': use a version that "
+                f"{name or 'the groups of parameters'!r} or 'clip_grad': use a version that "
                 "docs/distributed.md lists"
             )
         _refuse(zero_optimizer)
         params = [p for group in self._base.param_groups for p in group["params"]]
         device = params[0].device if params else torch.device("cpu")
-        zeros = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
+        sums, steps = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
         num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
-        self.running = RunningSums(*zeros.unbind(), torch.full_like(zeros[0], num_elements))
+        self.running = RunningSums(sums, steps, torch.full_like(sums, num_elements))
+        self.group_entries = {SUM: sums[0], STEP: steps[0]}
         self.clipping = Clipping()
         self._moments_seen: list[weakref.ref[Tensor]] = []
         self._in_new_step = False
@@ -113,10 +115,6 @@ class ZeroBlock(Blocks):
             return inner_step(*args, **kwargs)
 
         zero_optimizer.step = step
-
-    @functools.cached_property
-    def group_entries(self) -> dict[str, Tensor]:
-        return {SUM: self.running.sums[0], STEP: self.running.steps[0]}
 
     def begins_step(self) -> bool:
         begins, self._in_new_step = self._in_new_step, False
@@ -194,7 +192,8 @@ class ZeroBlock(Blocks):
 
     @property
     def _base(self) -> Optimizer:
-        return self._zero.optimizer
+        optimizer: Optimizer = self._zero.optimizer
+        return optimizer
 
 
 def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
