@@ -1,22 +1,29 @@
 """Scheduled Weight Decay (SWD) and its Adam, AdamS, for Hugging Face Transformers.
 
-`import hf_swd` makes `TrainingArguments(optim="adams")` work. It imports torch and nothing heavier: transformers is
-touched when it is imported (by whoever imports it), and `SWDTrainer` and `SWDCallback` import it when they are first
-used.
+`import hf_swd` makes `TrainingArguments(optim="adams")` work. It imports nothing heavy: names are imported when they
+are first used (torch by `AdamS`, transformers by `SWDTrainer`), and transformers is patched right after its import, by
+whoever imports it, through an import hook in `sys.meta_path` that is removed then. With the environment variable
+`HF_SWD_NO_REGISTER` set, nothing is patched until [`register`] is called.
+
+The first use of a name that needs torch also installs a step hook for all optimizers of the process
+(`torch.optim.optimizer.register_optimizer_step_pre_hook`). It stops an optimizer with a schedule whose model has been
+divided by an engine unseen, and does nothing to others.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
-from .adams import AdamS, create_adams
-from .core.schedule import WeightDecaySchedule
-from .engines.attach import attach
 from .registration import register
-from .scheduled_weight_decay import ScheduledWeightDecay
 
 
 if TYPE_CHECKING:
+    from .adams import AdamS, create_adams
+    from .core.schedule import WeightDecaySchedule
+    from .engines.attach import attach
+    from .scheduled_weight_decay import ScheduledWeightDecay
     from .trainer import SWDCallback, SWDTrainer
 
 __all__ = [
@@ -34,16 +41,26 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("SWDCallback", "SWDTrainer"):
-        from . import trainer
+_MODULES = {
+    "AdamS": "hf_swd.adams",
+    "SWDCallback": "hf_swd.trainer",
+    "SWDTrainer": "hf_swd.trainer",
+    "ScheduledWeightDecay": "hf_swd.scheduled_weight_decay",
+    "WeightDecaySchedule": "hf_swd.core.schedule",
+    "attach": "hf_swd.engines.attach",
+    "create_adams": "hf_swd.adams",
+}
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register()
+if not os.environ.get("HF_SWD_NO_REGISTER"):
+    register()

@@ -22,6 +22,7 @@ from .core.grad_norm import HALF, by_kind, local_parts
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
 from .core.validation import check_options
+from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
 if TYPE_CHECKING:

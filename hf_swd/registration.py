@@ -21,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -39,8 +40,9 @@ def register() -> None:
     Make `TrainingArguments(optim="adams")` known to transformers, [`SWDCallback`] one of the Trainer's default
     callbacks, and have every Trainer clip with the norm of its optimizer's schedule (see [`SWDTrainer`]).
 
-    `import hf_swd` does it, unless the environment variable `HF_SWD_NO_REGISTER` is set. Calling it again changes nothing, except that it repeats what has failed before, or what
-    an `importlib.reload` of transformers' modules has undone.
+    `import hf_swd` does it, unless the environment variable `HF_SWD_NO_REGISTER` is set. Calling it again changes
+    nothing, except that it repeats what has failed before, or what an `importlib.reload` of transformers' modules has
+    undone.
     """
     _finder.install_if_needed()  # before the look at what is there: nothing can be imported unseen in between
     for name in _PATCHES:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .core.schedule import WeightDecaySchedule, schedule_of
 from .core.state_entries import STEP, SUM
+from .core.step_hooks import drive
 from .core.validation import check_number
+from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     ```
     """
 
-    _decay_on_host = True
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -87,8 +86,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             unclipped_norm=unclipped_norm,
             process_group=process_group,
         )
-        self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._blocks.write_back()))
+        drive(self)
 
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
@@ -127,31 +125,6 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             if state:  # an optimizer takes a state that is not empty for complete
                 state[SUM], state[STEP] = total, step
         self._loaded()
-
-    def _pre_hook(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            with torch.no_grad():
-                self._before_step()
-            return None
-        return (optimizer,), {**kwargs, "closure": self._after_closure(closure)}
-
-    def _after_closure(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The gradients come out of the closure, inside `step()`; only its first call belongs to this step."""
-        updated = False
-
-        def closure_then_update() -> Any:
-            nonlocal updated
-            loss = closure()
-            if not updated:
-                updated = True
-                with torch.no_grad():
-                    self._before_step()
-            return loss
-
-        return closure_then_update
 
 
 def _check_decoupled(optimizer: Optimizer) -> None:

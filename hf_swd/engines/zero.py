@@ -26,7 +26,7 @@ from ..core.grad_norm import accumulation_dtype
 from ..core.recurrence import Measured, RunningSums, SecondMomentMean
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from ..core.state_entries import STEP, SUM, as_saved
-from ..scheduled_weight_decay import ScheduledWeightDecay
+from ..core.step_hooks import drive
 
 
 if TYPE_CHECKING:
@@ -219,7 +219,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
                 "adam_w_mode=True"
             )
         options = {key: group_state.read(base.param_groups, key) for key in group_state.OPTIONS}
-        schedule = ScheduledWeightDecay(base, **options)
+        schedule = WeightDecaySchedule(base, **options)
+        drive(schedule)
     if not isinstance(schedule._blocks, ZeroBlock):
         schedule._use(ZeroBlock(zero_optimizer))
     return schedule

@@ -25,9 +25,8 @@ _ENOUGH_STEPS = 20
 _ENOUGH_LOGS_AT_END = 3
 _OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
 _TWO_WAYS_OUT = (
-    "To let it follow the gradient, raise max_grad_norm above the usual grad_norm of the log (0 clips nothing), or set "
-    'optim_args="unclipped_norm=true" (unclipped_norm=True of the optimizer), which schedules by the norm before '
-    "clipping."
+    "To let it follow the gradient, raise max_grad_norm above the usual grad_norm of the log (0 clips nothing), or "
+    'schedule by the norm before clipping: optim_args="unclipped_norm=true" (unclipped_norm=True of the optimizer).'
 )
 _LIKE_ADAMW = (
     'optim_args="reference_steps=100", with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)'
@@ -81,7 +80,7 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float) -
         watch.warn(
             "clipped norm",
             f"max_grad_norm={max_norm:g}: scheduled weight decay follows the gradient as it is after clipping. While "
-            "steps are clipped, as in most fine-tuning nearly all are, its norm is constant, and so is the decay, as in "
+            "steps are clipped (in most fine-tuning nearly all are), its norm is constant, and so is the decay, as in "
             f"AdamW. {_TWO_WAYS_OUT}",
         )
     if watch.first_step > 0:

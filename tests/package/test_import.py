@@ -69,6 +69,46 @@ def test_import_brings_no_heavy_package_and_names_need_no_import():
     run_python(code)
 
 
+def test_import_and_command_line_do_without_torch(tmp_path):
+    code = f"""
+        import sys
+        import hf_swd
+        sys.modules["torch"] = None
+        from hf_swd.commands.launch import main
+        try:
+            main(["--version"])
+        except SystemExit as exit:
+            assert exit.code == 0
+        log = [{{"step": 1, "loss": 1.0}}, {{"step": 2, "loss": 0.5}}]
+        import json, pathlib
+        folder = pathlib.Path({str(tmp_path)!r})
+        (folder / "trainer_state.json").write_text(json.dumps({{"log_history": log}}))
+        assert main(["plot", str(folder)]) == 0 and (folder / "swd_plot.png").is_file()
+    """
+    assert run_python(code).startswith(f"hf-swd {hf_swd.__version__}")
+
+
+def test_nothing_is_registered_if_the_environment_says_so(monkeypatch):
+    monkeypatch.setenv("HF_SWD_NO_REGISTER", "1")
+    code = """
+        import sys
+        before = sys.meta_path[:]
+        import hf_swd
+        assert sys.meta_path == before
+        from hf_swd import SWDTrainer, SWDCallback
+        from transformers import Trainer
+        from transformers.trainer import DEFAULT_CALLBACKS
+        from transformers.training_args import OptimizerNames, TrainingArguments
+        import torch
+        assert "adams" not in set(OptimizerNames) and not hasattr(Trainer._inner_training_loop, "__wrapped__")
+        trainer = SWDTrainer(torch.nn.Linear(2, 2), TrainingArguments("out", use_cpu=True, report_to="none"))
+        assert any(isinstance(callback, SWDCallback) for callback in trainer.callback_handler.callbacks)
+        hf_swd.register()
+        assert TrainingArguments("out", optim="adams", use_cpu=True).optim is OptimizerNames("adams")
+    """
+    run_python(code)
+
+
 def test_public_names():
     assert set(hf_swd.__all__) >= PUBLIC
     assert set(dir(hf_swd)) >= PUBLIC
@@ -87,8 +127,8 @@ def test_unknown_name_is_an_attribute_error(package):
 # `hf_swd`, packages stand for all of their modules, and "" is the package itself.
 LAYERS = [
     ["core"],
-    ["adams", "scheduled_weight_decay"],
     ["engines"],
+    ["adams", "scheduled_weight_decay"],
     ["trainer"],
     ["registration"],
     ["commands"],
@@ -96,8 +136,9 @@ LAYERS = [
 ]
 # Beside torch and the standard library.
 PACKAGES = {
+    "adams": {"typing_extensions"},  # of type checkers only
     "engines.zero": {"deepspeed"},
-    "trainer": {"transformers"},
+    "trainer": {"accelerate", "transformers"},
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
 }
