@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from .adams import AdamS
-    from .trainer.callback import SWDCallback
 
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def _adams(args: TrainingArguments) -> tuple[type[AdamS], dict[str, Any]]:
 class _DefaultCallback:
     """The Trainer calls it, as it calls all classes in `DEFAULT_CALLBACKS`, and gets a [`SWDCallback`]."""
 
-    def __new__(cls) -> SWDCallback:
+    def __new__(cls) -> Any:
         from .trainer.callback import SWDCallback
 
         callback = SWDCallback()
@@ -121,7 +120,7 @@ def _wrap(owner: type, name: str, build: Callable[[Callable[..., Any]], Callable
         method = _private(owner, name)
         if not getattr(method, "_wrapped_by_hf_swd", False):
             wrapper = functools.wraps(method)(build(method))
-            wrapper._wrapped_by_hf_swd = True
+            wrapper.__dict__["_wrapped_by_hf_swd"] = True
             setattr(owner, name, staticmethod(wrapper) if static else wrapper)
 
 
@@ -286,7 +285,7 @@ class _PatchAfterImport:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
-            spec = find_spec(fullname, path, target) if find_spec and finder is not self else None
+            spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec and finder is not self else None
             if spec is not None:
                 self._watch(fullname, spec.loader)
                 return spec

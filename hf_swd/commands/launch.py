@@ -20,10 +20,11 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoader
 from multiprocessing import spawn
 from types import CodeType, ModuleType, TracebackType
+from typing import Any
 
 
 # First parts of the names of modules whose frames can lie between `main` and the script's own code.
@@ -143,7 +144,7 @@ def _load_script(path: str) -> CodeType:
     main = ModuleType("__main__")
     main.__dict__.update(__file__=absolute, __cached__=None, __loader__=loader)
     _set_main(main)
-    return loader.get_code("__main__") if compiled else compile(source, absolute, "exec", dont_inherit=True)
+    return _code(loader, "__main__", absolute) if compiled else compile(source, absolute, "exec", dont_inherit=True)
 
 
 def _load_module(name: str) -> CodeType:
@@ -162,15 +163,20 @@ def _load_module(name: str) -> CodeType:
         raise _NotFoundError(f"no module named {name!r}: {error}") from None
     if spec is None:
         raise _NotFoundError(f"no module named {name!r}")
-    sys.argv[0] = spec.origin
+    sys.argv[0] = spec.origin or name
     return _load_spec(spec)
 
 
 def _load_spec(spec: ModuleSpec) -> CodeType:
-    code = spec.loader.get_code(spec.name) if hasattr(spec.loader, "get_code") else None
-    if code is None:
-        raise _NotFoundError(f"no Python code in module {spec.name!r} ({spec.origin})")
+    code = _code(spec.loader, spec.name, spec.origin)
     _set_main(importlib.util.module_from_spec(spec))
+    return code
+
+
+def _code(loader: Any, name: str, origin: str | None) -> CodeType:
+    code: CodeType | None = loader.get_code(name) if hasattr(loader, "get_code") else None
+    if code is None:
+        raise _NotFoundError(f"no Python code in module {name!r} ({origin})")
     return code
 
 
@@ -205,7 +211,7 @@ def _hide_own_frames(error: BaseException) -> None:
 class _Registration:
     """Unpickled in a child process, registers there."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _register_here_and_in_children, ()
 
 

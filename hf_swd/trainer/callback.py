@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from transformers.trainer_callback import TrainerCallback
 
 from ..core.schedule import schedule_of
 from ..engines.attach import attach, is_scheduled
 from . import watch
 from .optim_args import parse_optim_args
+
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.training_args import TrainingArguments
 
 
 _DECAY_KEY = "swd/weight_decay"
@@ -37,26 +45,44 @@ class SWDCallback(TrainerCallback):
     - a resumed checkpoint of scheduled weight decay in an optimizer that has no schedule.
     """
 
-    def on_init_end(self, args, state, control, optimizer=None, **kwargs):
+    def __init__(self) -> None:
+        # The default callback has that of `hf_swd.registration`, which also knows whether registration succeeded.
+        self._check_arguments: Callable[[TrainingArguments], None] = _check_optim_args
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
         if optimizer is None:
             self._check_arguments(args)
 
-    # The default callback has the check of `hf_swd.registration` instead, which also knows whether that succeeded.
-    @staticmethod
-    def _check_arguments(args):
-        if args.optim == "adams":
-            parse_optim_args(args.optim_args)
-
-    def on_train_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
         if is_scheduled(optimizer):
             watch.begin(attach(optimizer, model), state, args.max_grad_norm or 0.0)
         elif optimizer is not None:
             watch.begin_without_schedule(optimizer, state)
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
         watch.after_step(optimizer, state.global_step + 1)
 
-    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         schedule = schedule_of(optimizer)
         if schedule is None or not logs or "loss" not in logs or _DECAY_KEY in logs:
             return
@@ -70,5 +96,12 @@ class SWDCallback(TrainerCallback):
             state.log_history[-1].update(values)
         watch.after_log(optimizer, logs.get("grad_norm", 0.0), args.max_grad_norm or 0.0)
 
-    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
         watch.end(optimizer, args.max_grad_norm or 0.0)
+
+
+def _check_optim_args(args: TrainingArguments) -> None:
+    if args.optim == "adams":
+        parse_optim_args(args.optim_args)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
-from transformers.utils import is_sagemaker_mp_enabled
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from ..adams import AdamS
 from ..core.schedule import schedule_of
@@ -59,11 +59,11 @@ def _clip_with_schedule(trainer: Trainer, parameters: list[Tensor], max_norm: fl
     kind = trainer.accelerator.distributed_type
     if schedule is None or not (kind in ("NO", "FSDP") or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
         return None
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    optimizer = schedule.optimizer
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held != {id(p) for p in parameters if p.requires_grad}:
         return None
     trainer.accelerator.unscale_gradients(trainer.optimizer)
-    optimizer = schedule.optimizer
     if isinstance(optimizer, AdamS):
         return optimizer.clip_grad_norm_(max_norm, defer=not _gradients_are_looked_at(trainer, optimizer))
     return schedule.clip_grad_norm_(max_norm)

@@ -102,15 +102,18 @@ def begin_without_schedule(optimizer: Any, state: TrainerState) -> None:
 
 
 def after_step(optimizer: Any, step: int) -> None:
-    if step & (step - 1) == 0:
-        schedule = schedule_of(optimizer)
-        watch = _watches.get(schedule) if schedule is not None else None
-        if watch is not None:
-            _check_decay(watch, schedule, optimizer, step)
+    schedule = schedule_of(optimizer)
+    if schedule is None or step & (step - 1):
+        return
+    watch = _watches.get(schedule)
+    if watch is not None:
+        _check_decay(watch, schedule, optimizer, step)
 
 
 def after_log(optimizer: Any, grad_norm: float, max_norm: float) -> None:
     schedule = schedule_of(optimizer)
+    if schedule is None:
+        return
     watch = _watches.get(schedule)
     if watch is not None:
         watch.logs += 1
@@ -121,7 +124,9 @@ def after_log(optimizer: Any, grad_norm: float, max_norm: float) -> None:
 
 def end(optimizer: Any, max_norm: float) -> None:
     schedule = schedule_of(optimizer)
-    watch = _watches.get(schedule) if schedule is not None else None
+    if schedule is None:
+        return
+    watch = _watches.get(schedule)
     if watch is not None:
         _check_clipping(watch, schedule, optimizer, max_norm, 1, _ENOUGH_LOGS_AT_END)
 
