@@ -64,7 +64,7 @@ class AdamS(torch.optim.AdamW):
             decay up to step K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
         unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by
             the same moving average, instead of from Adam's moments. Every step must then be clipped by
-            [`clip_grad_norm_`] ([`SWDTrainer`] does so), or by DeepSpeed ZeRO. For training in which most steps are
+            [`clip_grad_norm_`] (a Trainer does so), or by DeepSpeed ZeRO. For training in which most steps are
             clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is
             then the mean over all of them (one all-reduce a step). Not for replicas (DDP), which need nothing.

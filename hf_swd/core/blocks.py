@@ -260,7 +260,7 @@ class ParameterBlocks(Blocks):
                 raise RuntimeError(
                     "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. "
                     "Clip with clip_grad_norm_ of the optimizer (or of its schedule) after the last change to the "
-                    "gradients, as SWDTrainer does; where nothing is clipped, leave unclipped_norm out"
+                    "gradients, as a Trainer does; where nothing is clipped, leave unclipped_norm out"
                 )
         optimizer = self._optimizer
         grad_scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
