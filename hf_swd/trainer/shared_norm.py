@@ -39,7 +39,7 @@ def shared_norm(trainer: Trainer) -> Iterator[None]:
         yield
         return
 
-    def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
+    def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: int = 2) -> Any:
         if schedule_of(trainer.optimizer) is None or norm_type != 2:
             return clip(parameters, max_norm, norm_type)
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
