@@ -7,18 +7,17 @@ cd "$(dirname "$0")/.."
 . scripts/venv.sh
 use_venv "${HF_SWD_VENV:-.venv-test}" "test,deepspeed"
 
-selection=(-m "not slow and not gpu")
 if [ "${1:-}" = "--all" ]; then
-    selection=(-m "not gpu")
+    export PYTEST_ADDOPTS="-m 'not gpu'"
     shift
 fi
 # DeepSpeed compiles its CPU kernels at first use; a build that is cut off leaves a lock behind, so keep it to this
 # environment.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export HF_SWD_TEST_COMPLETE=1
 if [ $# -gt 0 ]; then
-    exec python -m pytest "${selection[@]}" "$@"
+    exec python -m pytest "$@"
 fi
-python -m pytest "${selection[@]}" -n 2 --dist loadfile --ignore tests/distributed
+python -m pytest -n 2 --dist loadfile --ignore tests/distributed
 # These start two and four processes themselves.
-python -m pytest "${selection[@]}" tests/distributed
+python -m pytest tests/distributed

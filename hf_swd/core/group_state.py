@@ -102,7 +102,7 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iter
     Groups of a checkpoint as the schedule loads them.
 
     Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are.
-    Where the effective decay was saved (by hf_swd 0.1, or by an engine that saves groups as they are in memory),
+    Where the effective decay was saved (before hf_swd 0.1.0, or by an engine that saves groups as they are in memory),
     lambda stands beside it.
     """
     foreign = not any(_MARK in group for group in saved)

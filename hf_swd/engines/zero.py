@@ -129,7 +129,7 @@ class ZeroBlock(Blocks):
         elif loaded is not None:
             if SUM in loaded:
                 known, known_step = float(loaded[SUM]), float(loaded[STEP])
-            else:  # a checkpoint of hf_swd 0.1, or of an engine that knew every parameter
+            else:  # a checkpoint from before hf_swd 0.1.0, or of an engine that knew every parameter
                 known_step = float(mean.step)
                 known = float(mean.mean * mean.num_elements) * (1 - float(self.beta2()) ** known_step)
             if step in (0, known_step):  # otherwise another optimizer has made steps since

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+import hf_swd
 from hf_swd.commands.launch import main
 
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "hf_swd", "run"]
 # What pip writes as `hf-swd`, but for one process per case: importing torch, the slow part, is done before they fork.
@@ -163,7 +163,7 @@ def folder(tmp_path_factory):
 
 
 def start(command, folder, **pipes):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(hf_swd.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)

@@ -61,6 +61,8 @@ def test_links_and_scripts_exist(path):
 
 @pytest.mark.parametrize(("place", "example", "arguments"), COMMANDS)
 def test_examples_take_the_arguments_that_are_shown(place, example, arguments, tmp_path, monkeypatch):
+    for package in ("datasets", "evaluate", "sklearn", "PIL"):
+        pytest.importorskip(package, reason="needs the extra: examples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{example}.py", *arguments])
     for folder in ("train", "validation"):
