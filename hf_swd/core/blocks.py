@@ -154,7 +154,7 @@ class ParameterBlocks(Blocks):
         clipped = any(group.get("unclipped_norm") for group in groups)
         if clipped or any(moment is None or moment.dtype in HALF for moment in moments):
             raise RuntimeError(
-                "state_dict: this checkpoint from before hf_swd 0.1.0 lacks the sums of the second moment, and moments "
+                "state_dict: this checkpoint from before hf_swd 0.1.0 lacks the sums of second moments, and moments "
                 "in half precision, of clipped gradients (unclipped_norm), or none at all do not tell them: resume "
                 "with the version that wrote it, or load the weights alone"
             )
