@@ -285,8 +285,10 @@ assert module.TrainingArguments("out", optim="adams", use_cpu=True).optim.name =
 
 
 RACE = """
-import json, os, sys, threading, time, traceback
-import datasets, torch, transformers.modeling_utils, transformers.integrations, transformers.data.data_collator
+import contextlib, json, os, sys, threading, time, traceback
+with contextlib.suppress(ImportError):
+    import datasets
+import torch, transformers.modeling_utils, transformers.integrations, transformers.data.data_collator
 
 class Pause:
     "Holds up the first thread that imports a module, with the locks that it has, until the other had time to wait."
