@@ -190,7 +190,7 @@ class TestRefusal:
         clip(optimizer, params)
         before = copy.deepcopy(params)
         with pytest.raises(
-            RuntimeError, match=r"unclipped_norm=True: .*clip_grad_norm_.*SWDTrainer.*leave unclipped_norm out"
+            RuntimeError, match=r"unclipped_norm=True: .*clip_grad_norm_.*a Trainer does.*leave unclipped_norm out"
         ):
             optimizer.step()
         assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
@@ -217,20 +217,30 @@ class TestTrainer:
         trainer.train()
         return trainer
 
+    @pytest.mark.parametrize("cls", [Trainer, SWDTrainer])
     @pytest.mark.parametrize("max_grad_norm", [0.1, 0.0])
-    def test_swd_trainer(self, tmp_path, max_grad_norm):
+    def test_norm_before_clipping_is_followed(self, tmp_path, cls, max_grad_norm):
         """Both norms are one without clipping; with it, grad_rms is what an unclipped Trainer's would be at step 1."""
+        if max_grad_norm == 0 and not hasattr(Trainer, "_get_grad_norm"):
+            pytest.skip(
+                "before transformers 5.3 a Trainer does not look at the norm of gradients that it does not clip"
+            )
         first = {"max_steps": 1}
-        trainer = self.train(tmp_path, SWDTrainer, max_grad_norm=max_grad_norm, **first)
+        trainer = self.train(tmp_path, cls, max_grad_norm=max_grad_norm, **first)
         usual = self.train(tmp_path, Trainer, optim_args="", max_grad_norm=0.0, **first)
         assert schedule_of(trainer.optimizer).grad_rms == pytest.approx(
             schedule_of(usual.optimizer).grad_rms, rel=1e-6
         )
 
     def test_it_does_not_warn_of_constant_decay(self, tmp_path, caplog):
-        self.train(tmp_path, SWDTrainer, max_steps=24)
+        self.train(tmp_path, Trainer, max_steps=24)
         assert not [r for r in caplog.records if "clipped to max_grad_norm" in r.getMessage()]
 
-    def test_stock_trainer_is_refused(self, tmp_path):
-        with pytest.raises(RuntimeError, match="SWDTrainer"):
-            self.train(tmp_path, Trainer)
+    @pytest.mark.skipif(not hasattr(Trainer, "_clip_grad_norm"), reason="clips inline before transformers 5.3")
+    def test_trainer_that_clips_by_itself_is_refused(self, tmp_path):
+        class ClipsByItself(Trainer):
+            def _clip_grad_norm(self, model):
+                return torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+        with pytest.raises(RuntimeError, match="does not know the norm"):
+            self.train(tmp_path, ClipsByItself)
