@@ -13,7 +13,9 @@ VERSION = re.search(
 
 extras = {
     "plot": ["matplotlib>=3.8"],
-    "deepspeed": ["deepspeed>=0.18"],
+    # Before 0.19.6 gradients that are accumulated under ZeRO 1 and 2 are wrong, for any optimizer. `_OLDEST` in
+    # hf_swd/engines/zero.py is the same number.
+    "deepspeed": ["deepspeed>=0.19.6"],
     "quality": ["ruff==0.17.6"],
     "docs": ["sphinx>=8.0", "furo>=2025.7", "myst-parser>=4.0"],
     "benchmark": ["matplotlib>=3.8", "pytorch_optimizer>=4.0"],
@@ -55,7 +57,8 @@ setup(
     package_data={"hf_swd": ["py.typed"]},
     python_requires=">=3.10",
     # transformers 5.5 is the first whose Trainer looks optimizers up in a table that can be added to.
-    install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.10"],
+    # accelerate before 1.13 does not restore an FSDP2 optimizer (any) as it was saved.
+    install_requires=["torch>=2.6", "transformers>=5.5", "accelerate>=1.13"],
     extras_require=extras,
     entry_points={"console_scripts": ["hf-swd=hf_swd.commands.launch:main"]},
     classifiers=[
