@@ -37,7 +37,7 @@ class Environment(NamedTuple):
 ENVIRONMENTS = {
     "oldest": Environment(
         "3.11",
-        "transformers==4.46.3 accelerate==1.10.0 huggingface_hub==0.36.2 tokenizers==0.20.3",
+        "transformers==4.46.3 accelerate==1.13.0 huggingface_hub==0.36.2 tokenizers==0.20.3",
         extra="test-core",
         # transformers before 4.47 cannot resume with torch 2.6 and later without it.
         variables={"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
@@ -50,7 +50,7 @@ ENVIRONMENTS = {
     ),
     "middle": Environment(
         "3.11",
-        "torch==2.9.1 transformers==5.10.4 accelerate==1.11.0 huggingface_hub==1.33.0 tokenizers==0.22.2",
+        "torch==2.9.1 transformers==5.10.4 accelerate==1.13.0 huggingface_hub==1.33.0 tokenizers==0.22.2",
     ),
     "newest": Environment(
         ["3.10", "3.11", "3.12", "3.13"],

@@ -13,7 +13,9 @@ VERSION = re.search(
 
 extras = {
     "plot": ["matplotlib>=3.8"],
-    "deepspeed": ["deepspeed>=0.18"],
+    # Before 0.19.6 gradients that are accumulated under ZeRO 1 and 2 are wrong, for any optimizer. `_OLDEST` in
+    # hf_swd/engines/zero.py is the same number.
+    "deepspeed": ["deepspeed>=0.19.6"],
     "quality": [
         "ruff==0.17.6",
         "mypy==2.4.1",
@@ -76,7 +78,8 @@ setup(
     packages=find_packages(include=["hf_swd", "hf_swd.*"]),
     package_data={"hf_swd": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "transformers>=4.46", "accelerate>=1.10"],
+    # accelerate before 1.13 does not restore an FSDP2 optimizer (any) as it was saved.
+    install_requires=["torch>=2.6", "transformers>=4.46", "accelerate>=1.13"],
     extras_require=extras,
     entry_points={"console_scripts": ["hf-swd=hf_swd.commands.launch:main"]},
     classifiers=[

@@ -199,7 +199,8 @@ class AdamS(torch.optim.AdamW):
             kinds = {(type(p), p.device, p.dtype): p for p in with_grad}
             fused, _ = _default_to_fused_or_foreach([*kinds.values()], group["differentiable"], use_fused=True)
         lists: list[list[Tensor]] = [[] for _ in range(6)]
-        has_complex = self._init_group({**group, "fused": fused}, *lists)  # type: ignore[no-untyped-call]
+        # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
+        has_complex = torch.optim.Adam._init_group(self, {**group, "fused": fused}, *lists)  # type: ignore[no-untyped-call]
         lists = [local_parts(tensors) for tensors in lists]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule._blocks.clipping.deferred

@@ -17,6 +17,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from ..core import group_state
@@ -32,6 +33,10 @@ from ..core.step_hooks import drive
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+
+# Before it, gradients that are accumulated under ZeRO 1 and 2 are wrong for every optimizer: those of a model with
+# several outputs (loss and logits) are divided by the number of micro-batches twice, or all but some are lost.
+_OLDEST = "0.19.6"
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
@@ -65,7 +70,7 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
         RuntimeError: the wrapper around the optimizer has a loss scale.
     """
     while optimizer is not None:
-        config = getattr(optimizer, "loss_scale_config", None)
+        config = getattr(optimizer, "loss_scale_config", optimizer)  # on the optimizer itself in older versions
         if type(optimizer).__module__.startswith("deepspeed.runtime.fp16.") and getattr(config, "cur_scale", 1) != 1:
             raise RuntimeError(
                 "scheduled weight decay cannot run with fp16 under DeepSpeed's ZeRO stage 0, where gradients are "
@@ -92,6 +97,11 @@ class ZeroBlock(Blocks):
         name = next(filter(None, names), "")
         groups = getattr(zero_optimizer, name, None)
         version = importlib.metadata.version("deepspeed")
+        if Version(version) < Version(_OLDEST):
+            raise RuntimeError(
+                f"hf_swd needs deepspeed {_OLDEST} or later, and this is {version}, which accumulates gradients "
+                f"wrongly under ZeRO 1 and 2 (with any optimizer): pip install 'deepspeed>={_OLDEST}'"
+            )
         if groups is None or not hasattr(zero_optimizer, "clip_grad"):
             raise RuntimeError(
                 f"{type(zero_optimizer).__name__} of deepspeed {version} is not known to hf_swd, or lacks "

@@ -287,7 +287,8 @@ class TestDeferredClipping:
             pair.optimizer.step()
             pair.step_reference([expected[:1], expected[1:]])
             for p, g in zip(pair.params, expected, strict=True):
-                torch.testing.assert_close(p.grad, g, rtol=2e-7 if dtype == torch.float32 else 1e-12, atol=0)
+                # Two roundings, and not torch's own operators in the same order: 2.1e-7 with torch 2.6.
+                torch.testing.assert_close(p.grad, g, rtol=2.4e-7 if dtype == torch.float32 else 1e-12, atol=0)
 
     def test_with_amsgrad(self):
         pair = LockStep([{"params": parameters(dtype=torch.float32)}], amsgrad=True)

@@ -22,23 +22,41 @@ def test_values_equal_reference(reference_steps, amsgrad):
         assert_close(pair.optimizer.grad_rms, pair.reference.grad_rms, 1e-12)
 
 
+def trained(cls, w, v, g, **kwargs):
+    """The weights after three steps, as a function of the first ones: each gradient depends on the weights."""
+    p, q = w.clone(), v.clone()
+    optimizer = cls([p, q], lr=0.1, weight_decay=0.3, differentiable=True, **kwargs)
+    for _ in range(3):
+        p.grad, q.grad = g * p.clone() ** 2 + 1, q.clone() * g.sum()
+        optimizer.step()
+    return p.clone(), q.clone()
+
+
+def adamw_is_differentiable_through_several_steps():
+    """Not in torch 2.6, whose own lerp_ overwrites what its derivative needs."""
+    inputs = [torch.full((n,), 0.7, dtype=torch.float64, requires_grad=True) for n in (3, 2, 3)]
+    try:
+        trained(torch.optim.AdamW, *inputs)[0].sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(
+    not adamw_is_differentiable_through_several_steps(), reason="torch's AdamW differentiates one step only"
+)
 @pytest.mark.parametrize(
     "kwargs", [{}, {"maximize": True}, {"reference_steps": 2}, {"betas": (0.5, 0.9)}],
     ids=["plain", "maximize", "reference_steps", "betas"],
 )  # fmt: skip
 def test_weights_after_three_steps_with_respect_to_first_weights_and_gradients(kwargs):
-    """Each step's gradient depends on the weights, so the derivative runs through the moments and through v_bar.
+    """The derivative runs through the moments and through v_bar.
 
     Not with amsgrad, of which torch's own AdamW differentiates one step only.
     """
 
-    def train(w, v, g):
-        p, q = w.clone(), v.clone()
-        optimizer = AdamS([p, q], lr=0.1, weight_decay=0.3, differentiable=True, **kwargs)
-        for _ in range(3):
-            p.grad, q.grad = g * p.clone() ** 2 + 1, q.clone() * g.sum()
-            optimizer.step()
-        return p.clone(), q.clone()
+    def train(*inputs):
+        return trained(AdamS, *inputs, **kwargs)
 
     gradcheck(train, [torch.rand(n, dtype=torch.float64, requires_grad=True) + 0.5 for n in (3, 2, 3)])
 

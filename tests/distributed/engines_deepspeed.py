@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -191,9 +193,14 @@ def refused(
     different_betas: bool = False,
     amsgrad: bool = False,
     own_clipping: bool = False,
+    reported_version: str = "",
     **options: Any,
 ) -> dict:
-    """A configuration that must stop at `attach` or in the first step: the message, the weights before and after."""
+    """
+    A configuration that must stop at `attach` or in the first step: the message, the weights before and after.
+
+    `reported_version` only makes DeepSpeed say that it is another version.
+    """
     model = build_model()
     if different_betas or amsgrad:
         params = groups(model)
@@ -209,7 +216,10 @@ def refused(
 
     def run() -> None:
         if attach:
-            hf_swd.attach(wrapped)
+            with contextlib.ExitStack() as stack:
+                if reported_version:
+                    stack.enter_context(mock.patch("importlib.metadata.version", return_value=reported_version))
+                hf_swd.attach(wrapped)
         if own_clipping:
             base_optimizer(engine).clip_grad_norm_(MAX_NORM)
         train(engine, last=1)

@@ -590,7 +590,8 @@ class TestCheckpointsOf01:
                         key: saved[key]
                         for key in ("lr", "betas", "eps", "amsgrad", "maximize", "foreach", "capturable")
                     },
-                    **{key: saved[key] for key in ("differentiable", "fused", "decoupled_weight_decay", "params")},
+                    **{key: saved[key] for key in ("differentiable", "fused", "params")},
+                    **{key: saved[key] for key in ("decoupled_weight_decay",) if key in saved},  # not in torch 2.6
                     "weight_decay": group["decay"],
                     "initial_weight_decay": group["weight_decay"],
                     "scheduled_weight_decay": group["decay"],

@@ -222,9 +222,7 @@ class TestTrainer:
     def test_norm_before_clipping_is_followed(self, tmp_path, cls, max_grad_norm):
         """Both norms are one without clipping; with it, grad_rms is what an unclipped Trainer's would be at step 1."""
         if max_grad_norm == 0 and not hasattr(Trainer, "_get_grad_norm"):
-            pytest.skip(
-                "before transformers 5.3 a Trainer does not look at the norm of gradients that it does not clip"
-            )
+            pytest.skip("before transformers 5.3 a Trainer measures only what it clips")
         first = {"max_steps": 1}
         trainer = self.train(tmp_path, cls, max_grad_norm=max_grad_norm, **first)
         usual = self.train(tmp_path, Trainer, optim_args="", max_grad_norm=0.0, **first)
