@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-# Before 0.19.6 accumulated gradients are wrong below stage 3, with any optimizer (0.19.5 divides those that enter a model
-# through its logits by the number of micro-batches twice); 0.19.6 loads universal checkpoints of stage 2 wrongly; 0.19.7
-# goes wrong now and then under ZeRO-3 with the optimizer on CPU, with any optimizer.
+# Before 0.19.6 accumulated gradients are wrong below stage 3, with any optimizer (0.19.5 divides those that come
+# through a model's logits by the number of micro-batches twice); 0.19.6 loads stage 2 universal checkpoints wrongly;
+# 0.19.7 goes wrong now and then under ZeRO-3 with the optimizer on CPU, with any optimizer.
 _OLDEST = "0.19.8"
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
