@@ -13,9 +13,8 @@ VERSION = re.search(
 
 extras = {
     "plot": ["matplotlib>=3.8"],
-    # Before 0.19.6 gradients that are accumulated under ZeRO 1 and 2 are wrong, for any optimizer. `_OLDEST` in
-    # hf_swd/engines/zero.py is the same number.
-    "deepspeed": ["deepspeed>=0.19.6"],
+    # `_OLDEST` in hf_swd/engines/zero.py is the same number, and says what is wrong below it.
+    "deepspeed": ["deepspeed>=0.19.8"],
     "quality": [
         "ruff==0.17.6",
         "mypy==2.4.1",

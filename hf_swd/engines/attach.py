@@ -11,7 +11,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..core.blocks import ParameterBlocks
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
-from .zero import bind_zero, find_zero_optimizer, is_zero_parameter, refuse_replacement, refuse_unscaled_fp16
+from .zero import (
+    bind_zero,
+    find_zero_optimizer,
+    is_zero_parameter,
+    refuse_old_version,
+    refuse_replacement,
+    refuse_unscaled_fp16,
+)
 
 
 if TYPE_CHECKING:
@@ -48,8 +55,8 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
 
     Raises:
         ValueError: the optimizer has no schedule.
-        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model; the message says
-            what to change.
+        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model, or this version of
+            DeepSpeed is too old; the message says what to change.
 
     Example:
 
@@ -58,6 +65,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     hf_swd.attach(optimizer, model)
     ```
     """
+    refuse_old_version(optimizer, model)
     zero_optimizer = find_zero_optimizer(optimizer) or find_zero_optimizer(model)
     if zero_optimizer is not None:
         return bind_zero(zero_optimizer)

@@ -17,7 +17,6 @@ from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from ..core import group_state
@@ -34,9 +33,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-# Before it, gradients that are accumulated under ZeRO 1 and 2 are wrong for every optimizer: those of a model with
-# several outputs (loss and logits) are divided by the number of micro-batches twice, or all but some are lost.
-_OLDEST = "0.19.6"
+# Before 0.19.6 accumulated gradients are wrong below stage 3, with any optimizer (0.19.5 divides those that come
+# through a model's logits by the number of micro-batches twice); 0.19.6 loads stage 2 universal checkpoints wrongly;
+# 0.19.7 goes wrong now and then under ZeRO-3 with the optimizer on CPU, with any optimizer.
+_OLDEST = "0.19.8"
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
@@ -54,6 +54,25 @@ def find_zero_optimizer(optimizer: Any) -> Any | None:
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
     return None
+
+
+def refuse_old_version(*prepared: Any) -> None:
+    """
+    Stop where one of these objects is DeepSpeed's, or accelerate's wrapper for it, and DeepSpeed trains wrongly.
+
+    Raises:
+        RuntimeError: this version of DeepSpeed is too old.
+    """
+    if not any("deepspeed" in type(each).__module__.split(".") for each in prepared):
+        return
+    from packaging.version import Version  # comes with DeepSpeed
+
+    version = importlib.metadata.version("deepspeed")
+    if Version(version) < Version(_OLDEST):
+        raise RuntimeError(
+            f"hf_swd needs deepspeed {_OLDEST} or later; this is {version}, which trains wrong weights in some "
+            f"configurations, with any optimizer (docs/distributed.md): pip install 'deepspeed>={_OLDEST}'"
+        )
 
 
 def is_zero_parameter(p: Tensor) -> bool:
@@ -97,11 +116,6 @@ class ZeroBlock(Blocks):
         name = next(filter(None, names), "")
         groups = getattr(zero_optimizer, name, None)
         version = importlib.metadata.version("deepspeed")
-        if Version(version) < Version(_OLDEST):
-            raise RuntimeError(
-                f"hf_swd needs deepspeed {_OLDEST} or later, and this is {version}, which accumulates gradients "
-                f"wrongly under ZeRO 1 and 2 (with any optimizer): pip install 'deepspeed>={_OLDEST}'"
-            )
         if groups is None or not hasattr(zero_optimizer, "clip_grad"):
             raise RuntimeError(
                 f"{type(zero_optimizer).__name__} of deepspeed {version} is not known to hf_swd, or lacks "

@@ -137,7 +137,7 @@ LAYERS = [
 # Beside torch and the standard library.
 PACKAGES = {
     "adams": {"typing_extensions"},  # of type checkers only
-    "engines.zero": {"deepspeed"},
+    "engines.zero": {"deepspeed", "packaging"},
     "trainer": {"accelerate", "transformers"},
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
