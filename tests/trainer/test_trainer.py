@@ -180,6 +180,7 @@ def test_seq2seq_trainer(tmp_path):
     trainer = train(tmp_path, Seq2SeqTrainer, cls=Seq2SeqTrainingArguments, max_steps=2)
     assert type(trainer.optimizer.optimizer) is AdamS
     assert all(DECAY in entry for entry in training_logs(trainer))
+    assert trainer.optimizer.optimizer.schedule.clip_statistics()[1] == 2
 
 
 def test_trl_sft_trainer(tmp_path):
@@ -203,6 +204,40 @@ def test_trl_sft_trainer(tmp_path):
     trainer.train()
     assert type(trainer.optimizer.optimizer) is AdamS and trainer.optimizer.param_groups[0]["reference_steps"] == 3
     assert [entry["step"] for entry in training_logs(trainer) if entry[RMS] > 0] == [1, 2]
+    assert trainer.optimizer.optimizer.schedule.clip_statistics()[1] == 2
+
+
+def test_sentence_transformers_trainer(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from torch import nn
+
+    class Bag(nn.Module):
+        """Mean embedding of words, in the form of a sentence-transformers module."""
+
+        def __init__(self):
+            super().__init__()
+            self.words = nn.EmbeddingBag(100, 8)
+
+        def preprocess(self, texts, *args, **kwargs):
+            return {"input_ids": torch.tensor([[ord(letter) % 100 for letter in text[:8]] for text in texts])}
+
+        tokenize = preprocess
+
+        def forward(self, features, **kwargs):
+            return {**features, "sentence_embedding": self.words(features["input_ids"])}
+
+    model = library.SentenceTransformer(modules=[Bag()], device="cpu")
+    pairs = Dataset.from_dict(
+        {"anchor": ["gradient norm", "learning rate"] * 8, "positive": ["norm of it", "its rate"] * 8}
+    )
+    args = arguments(tmp_path, library.SentenceTransformerTrainingArguments, max_steps=2)
+    loss = MultipleNegativesRankingLoss(model)
+    trainer = library.SentenceTransformerTrainer(model, args=args, train_dataset=pairs, loss=loss)
+    trainer.train()
+    assert [entry["step"] for entry in training_logs(trainer) if entry[RMS] > 0] == [1, 2]
+    assert trainer.optimizer.optimizer.schedule.clip_statistics()[1] == 2
 
 
 # Clipping with the norm of the schedule
