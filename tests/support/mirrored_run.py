@@ -566,7 +566,6 @@ class MirroredRun:
     def save(self, through: str = "deepcopy") -> Checkpoint:
         """`through`: `"deepcopy"` or `"file"`."""
         state_dict = self.optimizer.state_dict()
-        self._dirty = False
         for saved, group in zip(state_dict["param_groups"], self.reference.groups, strict=True):
             assert saved["weight_decay"] == group["weight_decay"], "weight_decay of a checkpoint is not the user's"
         return Checkpoint(
