@@ -104,7 +104,7 @@ class _DefaultCallback:
         from .trainer.callback import SWDCallback
 
         callback = SWDCallback()
-        callback._check_arguments = check_arguments
+        vars(callback)["_check_arguments"] = check_arguments
         return callback
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
@@ -45,15 +44,17 @@ class SWDCallback(TrainerCallback):
     - a resumed checkpoint of scheduled weight decay in an optimizer that has no schedule.
     """
 
-    def __init__(self) -> None:
-        # The default callback has that of `hf_swd.registration`, which also knows whether registration succeeded.
-        self._check_arguments: Callable[[TrainingArguments], None] = _check_optim_args
-
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         if optimizer is None:
             self._check_arguments(args)
+
+    # The default callback has that of `hf_swd.registration` instead, which also knows whether registration succeeded.
+    @staticmethod
+    def _check_arguments(args: TrainingArguments) -> None:
+        if args.optim == "adams":
+            parse_optim_args(args.optim_args)
 
     def on_train_begin(
         self,
@@ -100,8 +101,3 @@ class SWDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         watch.end(optimizer, args.max_grad_norm or 0.0)
-
-
-def _check_optim_args(args: TrainingArguments) -> None:
-    if args.optim == "adams":
-        parse_optim_args(args.optim_args)
