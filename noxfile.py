@@ -88,6 +88,7 @@ def test(session: nox.Session) -> None:
     constraints.write_text("\n".join([*kept, *versions]), encoding="utf-8")
     session.install("-c", str(constraints), "torch", "setuptools")
     session.install("-c", str(constraints), f"{wheel}[{environment.extra}]", *environment.packages.split())
+    session.install("--force-reinstall", "--no-deps", str(wheel))  # in an environment that is used again, too
 
     # The tests of the sdist, without the package itself: so it is the wheel that they test.
     sources = temporary / sdist.name.removesuffix(".tar.gz")

@@ -285,7 +285,8 @@ assert module.TrainingArguments("out", optim="adams", use_cpu=True).optim.name =
 
 
 RACE = """
-import contextlib, json, os, sys, threading, time, traceback
+import contextlib, json, os, sys, threading, time, traceback, warnings
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # since Python 3.12
 with contextlib.suppress(ImportError):
     import datasets
 import torch, transformers.modeling_utils, transformers.integrations, transformers.data.data_collator
