@@ -239,7 +239,8 @@ def test_unmodified_script_under_torchrun_runs_in_every_process(folder):
     launch = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_swd", "run"]
     code, out, err = finish(start([*launch, "distributed.py", "--help"], folder))
     assert code == 0, err
-    assert sorted(out.splitlines()) == [f"rank {rank} total 3 ['--help'] True" for rank in range(2)]
+    lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]  # torch 2.9 announces itself
+    assert sorted(lines) == [f"rank {rank} total 3 ['--help'] True" for rank in range(2)]
 
 
 @pytest.fixture
