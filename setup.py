@@ -47,7 +47,7 @@ extras["test-core"] = [
 ]
 extras["test"] = [
     *extras["test-core"],
-    "torchao>=0.18",
+    "torchao>=0.14",
     "trl>=0.25",
     "peft>=0.17",
     "optuna>=4.0",
