@@ -51,7 +51,7 @@ ENVIRONMENTS = {
     "middle": Environment(
         "3.11",
         "torch==2.9.1 transformers==5.10.4 accelerate==1.13.0 huggingface_hub==1.33.0 tokenizers==0.22.2"
-        " torchao==0.14.1",  # the last ones need torch 2.11
+        " torchao==0.14.1 peft==0.18.1",  # later torchao needs torch 2.11, and later peft later torchao
     ),
     "newest": Environment(
         ["3.10", "3.11", "3.12", "3.13"],
