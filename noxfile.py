@@ -4,7 +4,7 @@
     nox -s oldest transformers-4.57      # a minute of installing each, where pip finds a build of torch without CUDA
     nox                                  # all of them: several GB each where it does not
 
-Each Python must be on PATH. `-R` uses the environments again; arguments after `--` go to pytest, without the training.
+Each Python must be on PATH. `-r` uses the environments again; arguments after `--` go to pytest, without the training.
 """
 
 from __future__ import annotations

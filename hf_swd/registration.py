@@ -108,7 +108,8 @@ class _DefaultCallback:
         return callback
 
 
-# Patches: each reads the private names that it needs before it changes anything, and changes nothing the second time.
+# Patches: each reads the private names that it needs before it changes anything (but for the check of arguments, which
+# says what has failed), and changes nothing the second time.
 
 _lock = threading.Lock()  # nothing is imported, nor called that might import, by who holds it
 

@@ -18,6 +18,8 @@ from ..core.schedule import schedule_of
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ..core.schedule import WeightDecaySchedule
+
 
 # Where a Trainer may do something between clipping and the step; not every version has all of them.
 _BETWEEN_CLIPPING_AND_STEP = ("_inner_training_loop", "_run_epoch", "_clip_grad_norm", "_get_grad_norm")
@@ -40,10 +42,11 @@ def shared_norm(trainer: Trainer) -> Iterator[None]:
         return
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: int = 2) -> Any:
-        if schedule_of(trainer.optimizer) is None or norm_type != 2:
+        schedule = schedule_of(trainer.optimizer)
+        if schedule is None or norm_type != 2:
             return clip(parameters, max_norm, norm_type)
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        norm = _clip_with_schedule(trainer, parameters, max_norm)
+        norm = _clip_with_schedule(trainer, schedule, parameters, max_norm)
         return clip(parameters, max_norm, norm_type) if norm is None else norm
 
     accelerator.clip_grad_norm_ = clip_grad_norm_
@@ -53,11 +56,12 @@ def shared_norm(trainer: Trainer) -> Iterator[None]:
         del accelerator.clip_grad_norm_
 
 
-def _clip_with_schedule(trainer: Trainer, parameters: list[Tensor], max_norm: float) -> Tensor | None:
+def _clip_with_schedule(
+    trainer: Trainer, schedule: WeightDecaySchedule, parameters: list[Tensor], max_norm: float
+) -> Tensor | None:
     """The norm of all gradients, now clipped; `None` where the schedule does not see it."""
-    schedule = schedule_of(trainer.optimizer)
     kind = trainer.accelerator.distributed_type
-    if schedule is None or not (kind in ("NO", "FSDP") or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
+    if not (kind in ("NO", "FSDP") or kind.startswith("MULTI_")) or is_sagemaker_mp_enabled():
         return None
     optimizer = schedule.optimizer
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
