@@ -20,9 +20,10 @@ from .registration import register
 
 
 if TYPE_CHECKING:
-    from .adams import AdamS, create_adams
+    from .adams import AdamS
     from .core.schedule import WeightDecaySchedule
     from .engines.attach import attach
+    from .param_groups import create_adams
     from .scheduled_weight_decay import ScheduledWeightDecay
     from .trainer import SWDCallback, SWDTrainer
 
@@ -48,7 +49,7 @@ _MODULES = {
     "ScheduledWeightDecay": "hf_swd.scheduled_weight_decay",
     "WeightDecaySchedule": "hf_swd.core.schedule",
     "attach": "hf_swd.engines.attach",
-    "create_adams": "hf_swd.adams",
+    "create_adams": "hf_swd.param_groups",
 }
 
 

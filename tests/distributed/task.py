@@ -67,7 +67,7 @@ def share(batch: dict[str, Tensor], rank: int, world: int, micro: int = 0, micro
 
 def groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY, split: bool = False) -> list[dict]:
     """Decay and no decay, as the Trainer makes them; with `split` the matrices of the last layer are a third group."""
-    from hf_swd.adams import decay_parameter_names
+    from hf_swd.param_groups import decay_parameter_names
 
     names = set(decay_parameter_names(model))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

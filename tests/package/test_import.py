@@ -129,6 +129,7 @@ LAYERS = [
     ["core"],
     ["engines"],
     ["adams", "scheduled_weight_decay"],
+    ["param_groups"],
     ["trainer"],
     ["registration"],
     ["commands"],
@@ -136,7 +137,7 @@ LAYERS = [
 ]
 # Beside torch and the standard library.
 PACKAGES = {
-    "adams": {"typing_extensions"},  # of type checkers only
+    "param_groups": {"typing_extensions"},  # of type checkers only
     "engines.zero": {"deepspeed", "packaging"},
     "trainer": {"accelerate", "transformers"},
     "registration": {"transformers"},

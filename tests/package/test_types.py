@@ -13,7 +13,7 @@ from typing import ForwardRef
 import pytest
 
 import hf_swd
-from hf_swd.adams import AdamSOptions
+from hf_swd.param_groups import AdamSOptions
 
 
 # `# error: code` marks the lines in which mypy must find something; in all others it must not.
