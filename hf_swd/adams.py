@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from .core.clipping import scale_
+from .core.fused_adam import are_of_one_kind_on_cpu, fused_adamw_on_cpu, have_one_layout
 from .core.grad_norm import HALF, by_kind, local_parts
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
 
-_KERNEL_OPTIONS = ("lr", "eps", "amsgrad", "maximize", "foreach", "capturable", "differentiable")
+_KIND = attrgetter("__class__", "device", "dtype")
+_DTYPE = attrgetter("dtype")
 
 
 class AdamS(torch.optim.AdamW):
@@ -187,29 +190,35 @@ class AdamS(torch.optim.AdamW):
         return loss
 
     def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
-        with_grad = local_parts([p for p in group["params"] if p.grad is not None])
+        pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+        with_grad = [p for p, grad in pairs]
+        kinds = dict(zip(map(_KIND, with_grad), with_grad, strict=True))
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
-            kinds = {(type(p), p.device, p.dtype): p for p in with_grad}
-            fused, _ = _default_to_fused_or_foreach([*kinds.values()], group["differentiable"], use_fused=True)
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
-        # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
-        has_complex = torch.optim.Adam._init_group(self, {**group, "fused": fused}, *lists)  # type: ignore[no-untyped-call]
-        lists = [local_parts(tensors) for tensors in lists]
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+            examples = local_parts([*kinds.values()])
+            fused, _ = _default_to_fused_or_foreach(examples, group["differentiable"], use_fused=True)
+        states = [self.state[p] for p in with_grad]
+        if not all(states):
+            new = {**group, "params": [p for p in with_grad if not self.state[p]], "fused": fused}
+            # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
+            torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
+        if fused and any(
+            device.type != "cpu" for cls, device, dtype in kinds
+        ):  # a loaded state may have it on the host
+            for p, state in zip(with_grad, states, strict=True):
+                if state["step"].device != p.device:
+                    state["step"] = state["step"].to(p.device)
+        params, grads = local_parts(with_grad), local_parts([grad for p, grad in pairs])
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = (
+            local_parts([state[key] for state in states]) if group["amsgrad"] or key != "max_exp_avg_sq" else []
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+        )
+        alike = [tensors for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if tensors]
+        fused = fused and have_one_layout(alike)
         grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule._blocks.clipping.deferred
-        if fused:
-            # These kernels walk through memory, and on CPU they do not look at strides.
-            fused = all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists[:-1]) or all(
-                map(_same_layout, *(tensors for tensors in lists[:-1] if tensors))
-            )
-            if any(not p.is_cpu for p in params):  # a loaded state may have `step` on the host
-                for i, p in enumerate(p for p in group["params"] if p.grad is not None):
-                    if steps[i].device != params[i].device:
-                        steps[i] = self.state[p]["step"] = steps[i].to(params[i].device)
         if clip is not None:
             # The kernels divide by it, and take it as a float32.
-            if fused and all(grad.dtype != torch.float64 for grad in grads):
+            if fused and torch.float64 not in map(_DTYPE, grads):
                 inverse = clip.reciprocal().float()
                 grad_scale = inverse if grad_scale is None else grad_scale * inverse.to(grad_scale.device)
             else:
@@ -218,22 +227,20 @@ class AdamS(torch.optim.AdamW):
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
         beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
-            fused=fused,
-            has_complex=has_complex,
-            weight_decay=decay,  # type: ignore[arg-type]  # a tensor where gradients flow through the step
-            beta1=beta1,
-            beta2=beta2,
-            grad_scale=grad_scale,
-            found_inf=getattr(self, "found_inf", None),
-            **{key: group[key] for key in _KERNEL_OPTIONS},
-        )
+        options: dict[str, Any] = {
+            "weight_decay": decay,
+            "beta1": beta1,
+            "beta2": beta2,
+            "grad_scale": grad_scale,
+            "found_inf": getattr(self, "found_inf", None),
+            **{key: group[key] for key in ("lr", "eps", "amsgrad", "maximize")},
+        }
+        kernel: Callable[..., None] = fused_adamw_on_cpu
+        if not fused or group["differentiable"] or not alike or not are_of_one_kind_on_cpu(alike):
+            kernel = adamw
+            options.update(fused=fused, has_complex=any(dtype.is_complex for cls, device, dtype in kinds))
+            options.update({key: group[key] for key in ("foreach", "capturable", "differentiable")})
+        kernel(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
 
     def _decay_on_device(self, params: list[Tensor], lr: float | Tensor, decay: Tensor) -> None:
         """Decay by a number that stays on the accelerator: torch's kernels take theirs from the host."""
@@ -268,14 +275,6 @@ class AdamS(torch.optim.AdamW):
         if "_decay_schedule" not in self.__dict__:
             options = {key: self.defaults[key] for key in OPTIONS if key in self.defaults}
             self._decay_schedule = WeightDecaySchedule(self, **options)
-
-
-def _same_layout(p: Tensor, *others: Tensor) -> bool:
-    """Whether the elements of all correspond in memory, in which there are no gaps."""
-    stride = p.stride()
-    if any(other.stride() != stride for other in others):
-        return False
-    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == stride
 
 
 _graph_capture_check = (

@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,9 @@ from .state_entries import NO_STATE, STEP, SUM, State, StateWatch, as_saved, has
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
+
+
+_IS_SPARSE = attrgetter("is_sparse")
 
 
 class Blocks(ABC):
@@ -277,20 +280,17 @@ class ParameterBlocks(Blocks):
 
     def _gradients(self) -> tuple[list[Tensor], list[int]]:
         """The gradients that there are, and the positions of their parameters."""
-        grads, positions = [], []
-        for i, p in enumerate(self._params):
-            grad = p.grad
-            if grad is None:
-                continue
+        found = [p.grad for p in self._params]
+        positions = [i for i, grad in enumerate(found) if grad is not None]
+        grads = [grad for grad in found if grad is not None]
+        for grad in grads if any(map(_IS_SPARSE, grads)) else ():
             if grad.is_sparse:
                 raise RuntimeError(
-                    f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, and scheduled weight decay "
+                    f"the gradient of a parameter of shape {tuple(grad.shape)} is sparse, and scheduled weight decay "
                     "needs dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
                 )
-            if type(grad) is not Tensor:
-                grad = p.grad = without_pending_sums(grad)
-            grads.append(grad)
-            positions.append(i)
+        for k, grad in enumerate(grads if set(map(type, grads)) - {Tensor} else ()):
+            grads[k] = self._params[positions[k]].grad = without_pending_sums(grad)
         return grads, positions
 
     def _of_whole_parameters(self, squares: Tensor, positions: list[int]) -> Measured:

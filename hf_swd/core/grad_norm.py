@@ -25,12 +25,13 @@ HALF = (torch.float16, torch.bfloat16)
 # leaves in float32 gradients) or equal: over a row of 2^8 elements they add up to 6e-7 at most. Rows are summed in
 # float64.
 _ROW = 1 << 8
-# Up to here one operator for many tensors, accumulating in float64, takes less time than one for the rows of each.
-_SHORT = 1 << 12
-# Low-precision gradients are widened a slice at a time: 2^12 rows are 4 MiB of float32.
+# Tensors of at most so many elements are copied beside others of their shape, so that an operator is called for many.
+_SHORT = 1 << 14
+# Low-precision gradients are widened a slice at a time, and short tensors copied: 2^12 rows are 4 MiB of float32.
 _SLICE_ROWS = 1 << 12
 
 _KIND = attrgetter("device", "dtype")
+_SHAPE = attrgetter("shape")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -89,24 +90,23 @@ def squared_norms(tensors: list[Tensor]) -> Tensor:
     device = tensors[0].device
     dtype = accumulation_dtype(device)
     tensors = local_parts(tensors)
-    if any(map(torch.is_complex, tensors)):
+    kinds = by_kind(tensors)
+    if any(kind_dtype.is_complex for _, kind_dtype in kinds):
         tensors = [real_view(t) for t in tensors]
+        kinds = by_kind(tensors)
     if torch.is_grad_enabled():
         return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
-    result: dict[int, Tensor] = {}
-    for (kind_device, kind_dtype), indices in by_kind(tensors).items():
-        kind = [tensors[i] for i in indices]
+    squares: list[Tensor] = []
+    for (kind_device, kind_dtype), indices in kinds.items():
+        kind = tensors if len(kinds) == 1 else [tensors[i] for i in indices]
         if kind_device.type == "cpu":
-            squares = _squared_norms_on_cpu(kind)
+            of_kind = _squared_norms_on_cpu(kind)
         else:
-            squares = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))  # pyright: ignore[reportPrivateImportUsage]
-            squares = squares.to(accumulation_dtype(kind_device)).square()
-        squares = squares.to(device, dtype, non_blocking=device.type != "cpu")
-        if len(indices) == len(tensors):
-            return squares
-        result.update(zip(indices, squares.unbind(), strict=True))
-    return torch.stack([result[i] for i in range(len(tensors))])
+            of_kind = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))  # pyright: ignore[reportPrivateImportUsage]
+            of_kind = of_kind.to(accumulation_dtype(kind_device)).square()
+        squares.append(of_kind.to(device, dtype, non_blocking=device.type != "cpu"))
+    return _in_order(squares, list(kinds.values()))
 
 
 def sums(tensors: list[Tensor]) -> Tensor:
@@ -125,37 +125,61 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def _in_order(values: list[Tensor], indices: list[list[int]]) -> Tensor:
+    """The vector that has the elements of each of the vectors `values` at the places `indices`."""
+    if len(values) == 1:
+        return values[0]
+    places = torch.tensor([i for part in indices for i in part]).to(values[0].device, non_blocking=True)
+    joined = torch.cat(values)
+    return torch.empty_like(joined).index_copy_(0, places, joined)
+
+
 def _squared_norms_on_cpu(tensors: list[Tensor]) -> Tensor:
     """Of real tensors of one dtype."""
-    result = torch.zeros(len(tensors), dtype=torch.float64)
     half = tensors[0].dtype in HALF
-    # What is left to be squared and summed in float64, and the index of the tensor that it is of.
-    parts: list[Tensor] = []
-    owners: list[int] = []
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() <= _SHORT:
-            parts.append(tensor)
-            owners.append(i)
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, shape in enumerate(map(_SHAPE, tensors)):
+        shapes[shape].append(i)
+    squares: list[Tensor] = []
+    for shape, indices in shapes.items():
+        numel = shape.numel()
+        if numel > _SHORT:
+            squares.append(torch.stack([_squared_norm_of_long(tensors[i]) for i in indices]))
             continue
-        if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
-            size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
-            result[i] += sum(_squared_norms_on_cpu([piece.contiguous()])[0] for piece in torch.split(tensor, size))
-            continue
-        flat = _in_memory_order(tensor).view(-1)
-        rows, tail = divmod(flat.numel(), _ROW)
-        table = flat.as_strided((rows, _ROW), (_ROW, 1))
-        new = [
-            torch.linalg.vector_norm(part.float() if half else part, dim=1)
-            for part in (torch.split(table, _SLICE_ROWS) if half else [table])
-        ]
-        if tail:
-            new.append(flat[rows * _ROW :])
-        parts += new
-        owners += [i] * len(new)
-    if parts:
-        squares = torch.stack(torch._foreach_norm(parts, 2, torch.float64)).square()  # pyright: ignore[reportPrivateImportUsage]
-        result.index_add_(0, torch.tensor(owners), squares)
-    return result
+        # Beside others of its shape, so that an operator is called for many.
+        size = _ROW * _SLICE_ROWS // max(numel, 1)
+        for chunk in (indices[start : start + size] for start in range(0, len(indices), size)):
+            table = torch.stack([tensors[i] for i in chunk]).reshape(len(chunk), numel)
+            squares.append(_squared_norms_of_rows(table.float() if half else table))
+    return _in_order(squares, [*shapes.values()])
+
+
+def _squared_norm_of_long(tensor: Tensor) -> Tensor:
+    if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
+        size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
+        return torch.stack([_squared_norm_of_long(piece.contiguous()) for piece in torch.split(tensor, size)]).sum()
+    flat = _in_memory_order(tensor).view(-1)
+    rows, tail = divmod(flat.numel(), _ROW)
+    table = flat.as_strided((rows, _ROW), (_ROW, 1))
+    half = tensor.dtype in HALF
+    norms = [
+        torch.linalg.vector_norm(part.float() if half else part, dim=1)
+        for part in (torch.split(table, _SLICE_ROWS) if half else [table])
+    ]
+    if tail:
+        norms.append(flat[rows * _ROW :].to(norms[0].dtype))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms) if len(norms) > 1 else norms[0], dtype=torch.float64)
+    return norm.square()
+
+
+def _squared_norms_of_rows(table: Tensor) -> Tensor:
+    """Squared norm of each row of a matrix, in float64."""
+    rows, tail = divmod(table.shape[1], _ROW)
+    pieces = table[:, : rows * _ROW].view(len(table), rows, _ROW)
+    squares: Tensor = torch.linalg.vector_norm(pieces, dim=2).double().square_().sum(1)
+    if tail:
+        squares += torch.linalg.vector_norm(table[:, rows * _ROW :], dim=1).double().square_()
+    return squares
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class SecondMomentMean:
         keep = num_elements == 0
         if measured.skipped is not None:
             keep = keep | measured.skipped
+        may_keep = keep.device.type != "cpu" or bool(keep)  # asking would make the host wait for an accelerator
         for owner, name, after in (
             (blocks, "sums", sums),
             (blocks, "steps", steps),
@@ -114,10 +115,11 @@ class SecondMomentMean:
             (self, "reference", reference),
         ):
             before = getattr(owner, name)
-            after = torch.where(keep, before, after)
+            if may_keep:
+                after = torch.where(keep, before, after)
             if torch.is_grad_enabled():
                 setattr(owner, name, after)
-            else:
+            elif after is not before:
                 before.copy_(after)  # a captured CUDA graph must find its state where it left it
 
     def factor(self, calibrated: bool) -> Tensor:

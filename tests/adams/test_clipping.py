@@ -311,7 +311,7 @@ class TestDeferredClipping:
 
         assert reads.names == [
             "linalg_vector_norm",
-            "_foreach_norm",
+            "cat",
             "_fused_adamw_",
         ]  # rows, and what is left of them
 
