@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from .core.clipping import scale_
-from .core.fused_adam import are_of_one_kind_on_cpu, fused_adamw_on_cpu, have_one_layout
+from .core.fused_adam import fused_adamw_on_cpu, have_one_layout
 from .core.grad_norm import HALF, by_kind, local_parts
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
@@ -236,7 +236,7 @@ class AdamS(torch.optim.AdamW):
             **{key: group[key] for key in ("lr", "eps", "amsgrad", "maximize")},
         }
         kernel: Callable[..., None] = fused_adamw_on_cpu
-        if not fused or group["differentiable"] or not alike or not are_of_one_kind_on_cpu(alike):
+        if not (fused and len(kinds) == 1 and params[0].is_cpu) or group["differentiable"]:
             kernel = adamw
             options.update(fused=fused, has_complex=any(dtype.is_complex for cls, device, dtype in kinds))
             options.update({key: group[key] for key in ("foreach", "capturable", "differentiable")})

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-_DTYPE = attrgetter("dtype")
-
-
 def have_one_layout(lists: Sequence[list[Tensor]]) -> bool:
     """Whether tensors at the same place of all lists correspond in memory: these kernels walk through it, and on CPU
     they do not look at strides."""
     return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists) or all(map(_same_layout, *lists))
-
-
-def are_of_one_kind_on_cpu(lists: Sequence[list[Tensor]]) -> bool:
-    """Whether all tensors are on the CPU (the first one tells) and of one dtype: [`fused_adamw_on_cpu`] takes them."""
-    return lists[0][0].is_cpu and len({dtype for tensors in lists for dtype in set(map(_DTYPE, tensors))}) == 1
 
 
 def fused_adamw_on_cpu(
@@ -38,7 +29,7 @@ def fused_adamw_on_cpu(
     **options: Any,
 ) -> None:
     """
-    [`torch.optim.adamw.adamw`] with `fused=True` for tensors of one kind, the same numbers.
+    [`torch.optim.adamw.adamw`] with `fused=True` for parameters of one dtype, the same numbers.
 
     Per tensor that function takes longer than the kernel does for a thousand elements: it groups the lists by device
     and dtype, and adds the number 1 to each step count by itself, which must be made a tensor each time.
