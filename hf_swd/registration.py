@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from .adams import AdamS
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -82,18 +81,22 @@ def optimizer_name() -> Any:
 # What is put into transformers
 
 
-def _adams(args: TrainingArguments) -> tuple[type[AdamS], dict[str, Any]]:
+def _adams(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[type[Optimizer], dict[str, Any]]:
     """Optimizer class and keyword arguments."""
     from .adams import AdamS
+    from .trainer.base_optimizer import scheduled_base
     from .trainer.optim_args import parse_optim_args
 
+    options = parse_optim_args(args.optim_args)
+    if "base" in options:
+        return scheduled_base(args, model, options)
     return AdamS, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         # The Trainer's parameter groups bring their own; AdamS's default must not reach groups that do not.
         "weight_decay": args.weight_decay,
-        **parse_optim_args(args.optim_args),
+        **options,
     }
 
 
@@ -135,7 +138,8 @@ def _checked(post_init: Callable[..., None]) -> Callable[..., None]:
 
 def _knowing_adams(get_optimizer_cls_and_kwargs: Callable[..., Any]) -> Callable[..., Any]:
     def get(args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
-        return _adams(args) if args.optim == _NAME else get_optimizer_cls_and_kwargs(args, *rest, **kwargs)
+        build = _adams if args.optim == _NAME else get_optimizer_cls_and_kwargs
+        return build(args, *rest, **kwargs)
 
     return get
 
@@ -181,8 +185,8 @@ def _patch_trainer_optimizer(trainer_optimizer: ModuleType) -> None:
     handlers.setdefault(OptimizerNames(_NAME), _handler)
 
 
-def _handler(context: Any) -> tuple[type[AdamS], dict[str, Any]]:
-    return _adams(context.args)
+def _handler(context: Any) -> tuple[type[Optimizer], dict[str, Any]]:
+    return _adams(context.args, context.model)
 
 
 def _patch_trainer(trainer: ModuleType) -> None:

@@ -75,7 +75,8 @@ class ScheduledWeightDecay(WeightDecaySchedule):
         _check_decoupled(optimizer)
         if beta2 is None and not all("betas" in group for group in optimizer.param_groups):
             raise ValueError(
-                f"beta2=None: {type(optimizer).__name__} has no betas to take it from; pass beta2=0.999, for instance"
+                f"beta2=None: {type(optimizer).__name__} has no betas to take it from; pass beta2=0.999, for instance "
+                '(in optim_args: "schedule_beta2=0.999")'
             )
         if beta2 is not None:
             check_number("beta2", beta2, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
@@ -127,14 +128,34 @@ class ScheduledWeightDecay(WeightDecaySchedule):
         self._loaded()
 
 
+# The flag in parameter groups (of torch, optimi, pytorch_optimizer) and on the optimizer (of torchao, Apex).
+_FLAGS_OF_GROUPS = ("decoupled_weight_decay", "decouple_wd", "weight_decouple")
+_FLAGS_OF_OPTIMIZERS = ("is_adamw", "adam_w_mode")
+# bitsandbytes' names of its kernels with an L2 penalty.
+_COUPLED_KERNELS = ("momentum", "rmsprop", "adagrad", "lars")
+
+
 def _check_decoupled(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
+    if hasattr(optimizer, "optim_dict"):
+        raise ValueError(
+            f"optimizer={name}: it steps every parameter by itself during the backward pass (torchao's "
+            "CPUOffloadOptimizer does), before the norm of the whole gradient is known. DeepSpeed ZeRO-Offload can "
+            "keep the state of AdamS on the host"
+        )
+    coupled = any(not getattr(optimizer, flag, True) for flag in _FLAGS_OF_OPTIMIZERS)
+    coupled = coupled or getattr(optimizer, "optimizer_name", None) in _COUPLED_KERNELS
     for group in optimizer.param_groups:
         if "weight_decay" not in group:
             raise ValueError(f"optimizer={name}: its parameter groups have no weight_decay to schedule")
-        decoupled = group.get("decoupled_weight_decay")
+        if group.get("decouple_lr"):
+            raise ValueError(
+                f"optimizer={name}: with decouple_lr=True its decay per step is not lr * weight_decay, which "
+                "scheduled weight decay keeps below 1: use decouple_lr=False"
+            )
+        flags = [group[flag] for flag in _FLAGS_OF_GROUPS if flag in group]
         known = type(optimizer).__module__.startswith("torch.optim") and name not in ("AdamW", "Muon", "Adafactor")
-        if decoupled is False or (decoupled is None and known):
+        if coupled or not all(flags) or (known and not flags):
             raise ValueError(
                 f"optimizer={name}: its weight_decay is an L2 penalty, added to the gradient, and scheduled weight "
                 "decay needs decoupled decay: use torch.optim.AdamW, or decoupled_weight_decay=True where the "

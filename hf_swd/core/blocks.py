@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import group_state
 from .clipping import Clipping
-from .grad_norm import HALF, squared_norms, without_pending_sums
+from .grad_norm import HALF, placed_as, squared_norms
 from .moments import maximum_sum, moment_sums, second_moment
 from .recurrence import Measured, RunningSums, SecondMomentMean
 from .sharding import Layout, Shard
@@ -290,7 +290,8 @@ class ParameterBlocks(Blocks):
                     "needs dense gradients: use sparse=False in its nn.Embedding, or give it to torch.optim.SparseAdam"
                 )
         for k, grad in enumerate(grads if set(map(type, grads)) - {Tensor} else ()):
-            grads[k] = self._params[positions[k]].grad = without_pending_sums(grad)
+            param = self._params[positions[k]]
+            grads[k] = param.grad = placed_as(grad, param)
         return grads, positions
 
     def _of_whole_parameters(self, squares: Tensor, positions: list[int]) -> Measured:

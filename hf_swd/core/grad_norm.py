@@ -64,13 +64,13 @@ def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     return tensors if _PLAIN.issuperset(map(type, tensors)) else [local_part(tensor) for tensor in tensors]
 
 
-def without_pending_sums(tensor: Tensor) -> Tensor:
-    """A DTensor whose ranks still hold addends (a "partial" placement), summed; any other tensor as it is."""
-    if not is_dtensor(tensor) or not any(placement.is_partial() for placement in tensor.placements):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+def placed_as(grad: Tensor, param: Tensor) -> Tensor:
+    """A DTensor divided among ranks as its parameter is; any other tensor as it is. Autograd may leave it whole on
+    each rank, or as addends (a "partial" placement): what a rank then holds is no gradient of what it holds of the
+    parameter."""
+    if not (is_dtensor(grad) and is_dtensor(param)) or grad.placements == param.placements:
+        return grad
+    return grad.redistribute(placements=param.placements)
 
 
 def squared_norms(tensors: list[Tensor]) -> Tensor:
