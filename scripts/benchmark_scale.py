@@ -1,0 +1,413 @@
+#!/usr/bin/env python
+"""Time of one optimizer step of one rank of thousands, and its collectives: AdamS beside fused AdamW on Llamas of 1 B
+to 405 B parameters under FSDP2, HSDP and FSDP2 x TP.
+
+    python scripts/benchmark_scale.py --threads 1              # under 10 minutes, 4 GB
+    python scripts/benchmark_scale.py --models 70B --ranks 1024 --engines FSDP2
+
+Torch's fake process group stands for the other ranks: a collective returns at once, so the time is this rank's own
+work (Python's, the dispatcher's, the kernels'), and collectives are counted with their bytes; what they cost on a
+network is docs/benchmarks/collectives.md. The model is built without memory and sharded as for training; then only the
+shards of rank 0 are allocated, with random weights and gradients. Combinations with larger shards than
+--max_local_elements are left out. Writes NAME.json, NAME.md and (with matplotlib) NAME.png into --output_dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn import Parameter
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn  # noqa: E402
+
+from hf_swd import AdamS  # noqa: E402
+
+
+CPU = torch.device("cpu")
+BASELINE, ADAMS = "AdamW", "AdamS"
+WHATS = {"step": "step", "clip": "clipping + step"}
+REPLICAS = 2  # of HSDP
+TP = 8
+
+MODELS = {
+    "1B": LlamaConfig(  # Llama 3.2
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+    "7B": LlamaConfig(  # Llama 2
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    "70B": LlamaConfig(  # Llama 3
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+    "405B": LlamaConfig(  # Llama 3.1
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+    ),
+}
+
+
+# What is sharded, and how
+
+
+def build(config: LlamaConfig) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def fsdp2(model: LlamaForCausalLM, ranks: int) -> None:
+    _fully_shard(model, dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",)))
+
+
+def hsdp(model: LlamaForCausalLM, ranks: int) -> None:
+    shape = (REPLICAS, ranks // REPLICAS)
+    _fully_shard(model, dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+
+
+def fsdp2_tp(model: LlamaForCausalLM, ranks: int) -> None:
+    """The linear layers of the blocks by columns and rows, as in transformers' plan; the rest over dp only."""
+    _tensor_parallel(model, ranks, {}, {})
+
+
+def fsdp2_tp_sp(model: LlamaForCausalLM, ranks: int) -> None:
+    """Every parameter on both mesh dimensions: embeddings and head sharded, norms replicated over tp."""
+    outside = {"model.embed_tokens": RowwiseParallel(), "model.norm": SequenceParallel(), "lm_head": ColwiseParallel()}
+    inside = {name: SequenceParallel() for name in ("input_layernorm", "post_attention_layernorm")}
+    _tensor_parallel(model, ranks, outside, inside)
+
+
+def _tensor_parallel(model: LlamaForCausalLM, ranks: int, outside: dict, inside: dict) -> None:
+    mesh = dist.init_device_mesh("cpu", (ranks // TP, TP), mesh_dim_names=("dp", "tp"))
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    rows = ("self_attn.o_proj", "mlp.down_proj")
+    parallelize_module(model, mesh["tp"], outside)
+    for layer in model.model.layers:
+        plan = {name: ColwiseParallel() for name in columns} | {name: RowwiseParallel() for name in rows}
+        parallelize_module(layer, mesh["tp"], plan | inside)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _fully_shard(model, mesh["dp"])
+
+
+def _fully_shard(model: LlamaForCausalLM, mesh: dist.DeviceMesh) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+ENGINES: dict[str, Callable[[LlamaForCausalLM, int], None]] = {
+    "FSDP2": fsdp2,
+    f"HSDP, {REPLICAS} replicas": hsdp,
+    f"FSDP2 x TP {TP}": fsdp2_tp,
+    f"FSDP2 x TP {TP}, sequence parallel": fsdp2_tp_sp,
+}
+
+
+@contextlib.contextmanager
+def rank_0_of(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_elements(model: LlamaForCausalLM) -> int:
+    return sum(p.to_local().numel() for p in model.parameters())
+
+
+def allocated(model: LlamaForCausalLM) -> list[Parameter]:
+    """Its parameters, with random weights and gradients (of norm 10 here) in the shards of this rank."""
+    scale = 10 / local_elements(model) ** 0.5
+    params = list(model.to_empty(device="cpu").parameters())
+    torch.manual_seed(0)
+    for p in params:
+        p.grad = torch.empty_like(p)
+        p.detach().to_local().normal_(std=0.02)
+        p.grad.to_local().normal_(std=scale)
+    return params
+
+
+# What is measured
+
+
+class Collectives(CommDebugMode):
+    """Bytes of the tensors of every collective, in order; what is a collective is for `CommDebugMode` to say."""
+
+    def __enter__(self) -> Collectives:
+        self.sizes: list[int] = []
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = self.get_total_counts()
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.get_total_counts() > seen:
+            self.sizes.append(sum(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor)))
+        return result
+
+
+def contenders(params: list[Parameter]) -> dict[str, dict[str, Callable[[], object]]]:
+    """A step of each optimizer, as a loop and as a Trainer make it with clipping; the moments belong to both."""
+    adamw = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
+    adams = AdamS(params, lr=LR, weight_decay=DECAY)
+    share_moments([adamw, adams], params)
+
+    def clip_and_step_adamw() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        adamw.step()
+
+    def clip_and_step_adams() -> None:
+        adams.clip_grad_norm_(MAX_NORM, defer=True)
+        adams.step()
+
+    return {
+        "step": {BASELINE: adamw.step, ADAMS: adams.step},
+        "clip": {BASELINE: clip_and_step_adamw, ADAMS: clip_and_step_adams},
+    }
+
+
+def without_those_that_stop(functions: dict[str, Callable[[], object]]) -> tuple[dict, dict[str, str]]:
+    """Those that run, and of each other the first line of its error."""
+    runs, stops = {}, {}
+    for name, function in functions.items():
+        try:
+            function()
+            runs[name] = function
+        except RuntimeError as error:  # torch's clipping, of parameters on several meshes
+            if name != BASELINE:
+                raise
+            stops[name] = str(error).splitlines()[0]
+    return runs, stops
+
+
+def measure(
+    engine: str, model_name: str, config: LlamaConfig, ranks: int, repetitions: int, max_local_elements: int
+) -> list[dict]:
+    """Rows of one combination; a single one that says why if it is left out."""
+    with rank_0_of(ranks):
+        model = build(config)
+        common = {
+            "engine": engine,
+            "model": model_name,
+            "ranks": ranks,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tensors": sum(1 for _ in model.parameters()),
+        }
+        ENGINES[engine](model, ranks)
+        common["local_elements"] = local_elements(model)
+        if common["local_elements"] > max_local_elements:
+            return [{**common, "left_out": f"more than {max_local_elements / 1e6:.0f} M elements per rank"}]
+        params = allocated(model)
+        rows = []
+        for what, functions in contenders(params).items():
+            runs, stops = without_those_that_stop(functions)
+
+            def above_the_largest_norm(what: str = what) -> None:
+                if what == "clip":  # again, whoever clipped last
+                    torch._foreach_mul_([p.grad.to_local() for p in params], 2.0)
+
+            above_the_largest_norm()
+            sizes = {}
+            for name, function in runs.items():
+                with Collectives() as seen:
+                    function()
+                sizes[name] = seen.sizes
+            times = time_in_turn(runs, repetitions, CPU, above_the_largest_norm)
+            rows += [
+                {**row, "collectives": sizes[row["contender"]]}
+                for row in rows_of(times, BASELINE, **common, what=what)
+            ]
+            rows += [{**common, "what": what, "contender": name, "error": error} for name, error in stops.items()]
+    return rows
+
+
+# What is written
+
+
+def found(rows: list[dict], **keys: object) -> list[dict]:
+    return [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+
+
+def collectives_of(row: dict) -> str:
+    if "error" in row:
+        return "stops"
+    sizes = row["collectives"]
+    return f"{len(sizes)} ({' + '.join(f'{size:,}' for size in sizes)} B)" if sizes else "0"
+
+
+def table(rows: list[dict]) -> list[str]:
+    lines = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        for what, title in WHATS.items():
+            lines += ["", f"## {engine}: {title}", ""]
+            lines += [
+                f"| model | ranks | tensors | elements here, M | {BASELINE}, ms | {ADAMS}, ms (quartiles) "
+                f"| times {BASELINE} | collectives: {BASELINE} | {ADAMS} |",
+                "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            ]
+            for case in dict.fromkeys((row["model"], row["ranks"]) for row in found(rows, engine=engine)):
+                members = found(rows, engine=engine, model=case[0], ranks=case[1])
+                head = f"| {case[0]} | {case[1]} | {members[0]['tensors']}"
+                head += f" | {members[0]['local_elements'] / 1e6:.1f}"
+                if "left_out" in members[0]:
+                    lines.append(f"{head} | left out | | | | |")
+                    continue
+                (adamw,), (adams,) = (found(members, what=what, contender=name) for name in (BASELINE, ADAMS))
+                base = "stops" if "error" in adamw else f"{adamw['median_ms']:.1f}"
+                mine = "{median_ms:.1f} ({first_quartile_ms:.1f} to {third_quartile_ms:.1f})".format(**adams)
+                ratio = f"{adams['ratio_to_fused_adamw']:.2f}" if "error" not in adamw else ""
+                counts = f"{collectives_of(adamw)} | {collectives_of(adams)}"
+                lines.append(f"{head} | {base} | {mine} | {ratio} | {counts} |")
+            for row in [row for row in found(rows, engine=engine, what=what) if "error" in row][:1]:
+                lines += ["", f'"stops": `torch.nn.utils.clip_grad_norm_` raises `{row["error"]}`']
+    return lines
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys((row["model"], row["ranks"]) for row in rows if "median_ms" in row))
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    figure, axes = plt.subplots(
+        len(engines),
+        2,
+        figsize=(13, 1 + 2.6 * len(engines)),
+        squeeze=False,
+        sharex=True,
+        sharey="col",
+        layout="constrained",
+    )
+    colors = {
+        ("step", BASELINE): "#c0c0c0",
+        ("step", ADAMS): "#56b4e9",
+        ("clip", BASELINE): "#707070",
+        ("clip", ADAMS): "#0072b2",
+    }
+    for (left, right), engine in zip(axes, engines, strict=True):
+        right.axhline(1, color="black", linewidth=0.8, zorder=0)
+        for i, ((what, name), color) in enumerate(colors.items()):
+            bars = {
+                cases.index((row["model"], row["ranks"])): row
+                for row in found(rows, engine=engine, what=what, contender=name)
+                if "median_ms" in row
+            }
+            at = [place + 0.2 * (i - 1.5) for place in bars]
+            label = f"{name}, {WHATS[what]}"
+            left.bar(at, [row["median_ms"] for row in bars.values()], 0.2, color=color, label=label)
+            if name == ADAMS:
+                ratios = {place: row.get("ratio_to_fused_adamw", float("nan")) for place, row in bars.items()}
+                at = [place + 0.4 * (i // 2 - 0.5) for place in ratios]
+                drawn = right.bar(at, ratios.values(), 0.4, color=color)
+                labels = [f"{ratio:.2f}" if ratio == ratio else "" for ratio in ratios.values()]
+                for text in right.bar_label(drawn, labels, padding=2, fontsize=7):
+                    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        left.set_yscale("log")
+        left.set_ylabel("ms")
+        right.set_ylabel(f"times {BASELINE}")
+        right.margins(y=0.15)
+        for axis in (left, right):
+            axis.set_title(engine, fontsize=10)
+            axis.set_xticks(range(len(cases)), [f"{model}\n{ranks}" for model, ranks in cases], fontsize=8)
+            axis.set_xlim(-0.6, len(cases) - 0.4)
+    for axis in axes[-1]:
+        axis.set_xlabel("model, ranks", fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024, 4096])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--repetitions", type=int, default=7, help="of every optimizer and combination (default 7)")
+    parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
+    parser.add_argument(
+        "--max_local_elements",
+        type=float,
+        default=1.6e8,
+        help="of this rank's shards, of which there are four: weights, gradients, two moments (default 1.6e8)",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--name", help="of the files (default: scale-cpu-DATE)")
+    arguments = parser.parse_args()
+    if arguments.repetitions < 3:
+        parser.error(f"--repetitions {arguments.repetitions}: at least 3, for quartiles")
+    if any(ranks < TP or ranks % TP for ranks in arguments.ranks):
+        parser.error(f"--ranks {arguments.ranks}: multiples of {TP}, for tensor parallelism")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    rows: list[dict] = []
+    for engine in arguments.engines:
+        for name in arguments.models:
+            for ranks in arguments.ranks:
+                print(f"{engine}, {name} on {ranks} ranks ...", flush=True)
+                rows += measure(
+                    engine, name, MODELS[name], ranks, arguments.repetitions, int(arguments.max_local_elements)
+                )
+                gc.collect()  # modules and their hooks refer to one another
+
+    name = arguments.name or f"scale-cpu-{datetime.date.today().isoformat()}"
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    json_path, table_path, plot_path = (arguments.output_dir / f"{name}.{kind}" for kind in ("json", "md", "png"))
+    head = machine(CPU)
+    json_path.write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
+    lines = [
+        f"# One rank of many: {name}",
+        "",
+        *head,
+        f"- {arguments.repetitions} repetitions, in which the optimizers take turns; medians, and ratios within one",
+        f"- left out: more than {arguments.max_local_elements / 1e6:.0f} M elements of weights per rank",
+        *table(rows),
+    ]
+    table_path.write_text("\n".join(lines) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, plot_path)
+    print(table_path.read_text())
+
+
+if __name__ == "__main__":
+    main()
