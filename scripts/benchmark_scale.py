@@ -15,31 +15,27 @@ shards of rank 0 are allocated, with random weights and gradients. Combinations 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import gc
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn import Parameter
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn  # noqa: E402
+from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn, timed  # noqa: E402
+from sharded_llama import ENGINES, MODELS, TP, allocated, build, local_elements, rank_0_of  # noqa: E402
 
 from hf_swd import AdamS  # noqa: E402
 
@@ -47,125 +43,6 @@ from hf_swd import AdamS  # noqa: E402
 CPU = torch.device("cpu")
 BASELINE, ADAMS = "AdamW", "AdamS"
 WHATS = {"step": "step", "clip": "clipping + step"}
-REPLICAS = 2  # of HSDP
-TP = 8
-
-MODELS = {
-    "1B": LlamaConfig(  # Llama 3.2
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "7B": LlamaConfig(  # Llama 2
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    "70B": LlamaConfig(  # Llama 3
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-    "405B": LlamaConfig(  # Llama 3.1
-        vocab_size=128256,
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
-        num_key_value_heads=8,
-    ),
-}
-
-
-# What is sharded, and how
-
-
-def build(config: LlamaConfig) -> LlamaForCausalLM:
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
-
-
-def fsdp2(model: LlamaForCausalLM, ranks: int) -> None:
-    _fully_shard(model, dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",)))
-
-
-def hsdp(model: LlamaForCausalLM, ranks: int) -> None:
-    shape = (REPLICAS, ranks // REPLICAS)
-    _fully_shard(model, dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
-
-
-def fsdp2_tp(model: LlamaForCausalLM, ranks: int) -> None:
-    """The linear layers of the blocks by columns and rows, as in transformers' plan; the rest over dp only."""
-    _tensor_parallel(model, ranks, {}, {})
-
-
-def fsdp2_tp_sp(model: LlamaForCausalLM, ranks: int) -> None:
-    """Every parameter on both mesh dimensions: embeddings and head sharded, norms replicated over tp."""
-    outside = {"model.embed_tokens": RowwiseParallel(), "model.norm": SequenceParallel(), "lm_head": ColwiseParallel()}
-    inside = {name: SequenceParallel() for name in ("input_layernorm", "post_attention_layernorm")}
-    _tensor_parallel(model, ranks, outside, inside)
-
-
-def _tensor_parallel(model: LlamaForCausalLM, ranks: int, outside: dict, inside: dict) -> None:
-    mesh = dist.init_device_mesh("cpu", (ranks // TP, TP), mesh_dim_names=("dp", "tp"))
-    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    rows = ("self_attn.o_proj", "mlp.down_proj")
-    parallelize_module(model, mesh["tp"], outside)
-    for layer in model.model.layers:
-        plan = {name: ColwiseParallel() for name in columns} | {name: RowwiseParallel() for name in rows}
-        parallelize_module(layer, mesh["tp"], plan | inside)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _fully_shard(model, mesh["dp"])
-
-
-def _fully_shard(model: LlamaForCausalLM, mesh: dist.DeviceMesh) -> None:
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-ENGINES: dict[str, Callable[[LlamaForCausalLM, int], None]] = {
-    "FSDP2": fsdp2,
-    f"HSDP, {REPLICAS} replicas": hsdp,
-    f"FSDP2 x TP {TP}": fsdp2_tp,
-    f"FSDP2 x TP {TP}, sequence parallel": fsdp2_tp_sp,
-}
-
-
-@contextlib.contextmanager
-def rank_0_of(ranks: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def local_elements(model: LlamaForCausalLM) -> int:
-    return sum(p.to_local().numel() for p in model.parameters())
-
-
-def allocated(model: LlamaForCausalLM) -> list[Parameter]:
-    """Its parameters, with random weights and gradients (of norm 10 here) in the shards of this rank."""
-    scale = 10 / local_elements(model) ** 0.5
-    params = list(model.to_empty(device="cpu").parameters())
-    torch.manual_seed(0)
-    for p in params:
-        p.grad = torch.empty_like(p)
-        p.detach().to_local().normal_(std=0.02)
-        p.grad.to_local().normal_(std=scale)
-    return params
 
 
 # What is measured
@@ -222,9 +99,17 @@ def without_those_that_stop(functions: dict[str, Callable[[], object]]) -> tuple
 
 
 def measure(
-    engine: str, model_name: str, config: LlamaConfig, ranks: int, repetitions: int, max_local_elements: int
+    engine: str,
+    model_name: str,
+    config: LlamaConfig,
+    ranks: int,
+    *,
+    max_local_elements: int,
+    repetitions: int,
+    seconds: float = 0,
 ) -> list[dict]:
-    """Rows of one combination; a single one that says why if it is left out."""
+    """Rows of one combination, repeated for so many seconds, but at least `repetitions` times; a single row that says
+    why if it is left out."""
     with rank_0_of(ranks):
         model = build(config)
         common = {
@@ -253,7 +138,9 @@ def measure(
                 with Collectives() as seen:
                     function()
                 sizes[name] = seen.sizes
-            times = time_in_turn(runs, repetitions, CPU, above_the_largest_norm)
+            above_the_largest_norm()
+            once = 1e-3 * timed(lambda runs=runs: [function() for function in runs.values()], CPU)
+            times = time_in_turn(runs, max(repetitions, round(seconds / once)), CPU, above_the_largest_norm)
             rows += [
                 {**row, "collectives": sizes[row["contender"]]}
                 for row in rows_of(times, BASELINE, **common, what=what)
@@ -276,31 +163,39 @@ def collectives_of(row: dict) -> str:
     return f"{len(sizes)} ({' + '.join(f'{size:,}' for size in sizes)} B)" if sizes else "0"
 
 
+def cells(adamw: dict, adams: dict) -> str:
+    """Times of both, and their ratio."""
+    if "error" in adamw:
+        return f"stops | {adams['median_ms']:.1f} | "
+    return f"{adamw['median_ms']:.1f} | {adams['median_ms']:.1f} | {adams['ratio_to_fused_adamw']:.2f}"
+
+
 def table(rows: list[dict]) -> list[str]:
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in rows):
-        for what, title in WHATS.items():
-            lines += ["", f"## {engine}: {title}", ""]
-            lines += [
-                f"| model | ranks | tensors | elements here, M | {BASELINE}, ms | {ADAMS}, ms (quartiles) "
-                f"| times {BASELINE} | collectives: {BASELINE} | {ADAMS} |",
-                "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        members = found(rows, engine=engine)
+        lines += ["", f"## {engine}", ""]
+        lines += [
+            f"| model | ranks | tensors | elements here, M | step: {BASELINE}, ms | {ADAMS}, ms | times {BASELINE} "
+            f"| clipping + step: {BASELINE}, ms | {ADAMS}, ms | times {BASELINE} "
+            f"| collectives of a step: {BASELINE} / {ADAMS} | with clipping: {BASELINE} / {ADAMS} |",
+            "|---|" + "---:|" * 11,
+        ]
+        for case in dict.fromkeys((row["model"], row["ranks"]) for row in members if "left_out" not in row):
+            of_case = found(members, model=case[0], ranks=case[1])
+            pairs = [
+                tuple(found(of_case, what=what, contender=name)[0] for name in (BASELINE, ADAMS)) for what in WHATS
             ]
-            for case in dict.fromkeys((row["model"], row["ranks"]) for row in found(rows, engine=engine)):
-                members = found(rows, engine=engine, model=case[0], ranks=case[1])
-                head = f"| {case[0]} | {case[1]} | {members[0]['tensors']}"
-                head += f" | {members[0]['local_elements'] / 1e6:.1f}"
-                if "left_out" in members[0]:
-                    lines.append(f"{head} | left out | | | | |")
-                    continue
-                (adamw,), (adams,) = (found(members, what=what, contender=name) for name in (BASELINE, ADAMS))
-                base = "stops" if "error" in adamw else f"{adamw['median_ms']:.1f}"
-                mine = "{median_ms:.1f} ({first_quartile_ms:.1f} to {third_quartile_ms:.1f})".format(**adams)
-                ratio = f"{adams['ratio_to_fused_adamw']:.2f}" if "error" not in adamw else ""
-                counts = f"{collectives_of(adamw)} | {collectives_of(adams)}"
-                lines.append(f"{head} | {base} | {mine} | {ratio} | {counts} |")
-            for row in [row for row in found(rows, engine=engine, what=what) if "error" in row][:1]:
-                lines += ["", f'"stops": `torch.nn.utils.clip_grad_norm_` raises `{row["error"]}`']
+            size = f"{of_case[0]['tensors']} | {of_case[0]['local_elements'] / 1e6:.1f}"
+            times = " | ".join(cells(*pair) for pair in pairs)
+            counts = " | ".join(" / ".join(map(collectives_of, pair)) for pair in pairs)
+            lines.append(f"| {case[0]} | {case[1]} | {size} | {times} | {counts} |")
+        for row in [row for row in members if "error" in row][:1]:
+            lines += ["", f'"stops": `torch.nn.utils.clip_grad_norm_` raises `{row["error"]}`']
+        left_out = [row for row in members if "left_out" in row]
+        if left_out:
+            cases = [f"{row['model']} on {row['ranks']} ({row['local_elements'] / 1e6:,.0f} M)" for row in left_out]
+            lines += ["", f"Left out, {left_out[0]['left_out']}: {', '.join(cases)}."]
     return lines
 
 
@@ -362,7 +257,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024, 4096])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--repetitions", type=int, default=7, help="of every optimizer and combination (default 7)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of every optimizer, at least (default 5)")
+    parser.add_argument("--seconds", type=float, default=1, help="in which short steps are repeated (default 1)")
     parser.add_argument("--threads", type=int, help="intra-op threads (default: torch's)")
     parser.add_argument(
         "--max_local_elements",
@@ -386,7 +282,13 @@ def main() -> None:
             for ranks in arguments.ranks:
                 print(f"{engine}, {name} on {ranks} ranks ...", flush=True)
                 rows += measure(
-                    engine, name, MODELS[name], ranks, arguments.repetitions, int(arguments.max_local_elements)
+                    engine,
+                    name,
+                    MODELS[name],
+                    ranks,
+                    max_local_elements=int(arguments.max_local_elements),
+                    repetitions=arguments.repetitions,
+                    seconds=arguments.seconds,
                 )
                 gc.collect()  # modules and their hooks refer to one another
 
@@ -399,8 +301,9 @@ def main() -> None:
         f"# One rank of many: {name}",
         "",
         *head,
-        f"- {arguments.repetitions} repetitions, in which the optimizers take turns; medians, and ratios within one",
-        f"- left out: more than {arguments.max_local_elements / 1e6:.0f} M elements of weights per rank",
+        f"- at least {arguments.repetitions} repetitions, in which the optimizers take turns; medians of times and of "
+        "ratios within a repetition; quartiles are in the .json",
+        "- elements: of the weights in this rank's shards",
         *table(rows),
     ]
     table_path.write_text("\n".join(lines) + "\n")
