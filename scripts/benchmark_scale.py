@@ -2,7 +2,7 @@
 """Time of one optimizer step of one rank of thousands, and its collectives: AdamS beside fused AdamW on Llamas of 1 B
 to 405 B parameters under FSDP2, HSDP and FSDP2 x TP.
 
-    python scripts/benchmark_scale.py --threads 1              # under 10 minutes, 4 GB
+    python scripts/benchmark_scale.py --threads 1              # 6 minutes of CPU time, 4.3 GB
     python scripts/benchmark_scale.py --models 70B --ranks 1024 --engines FSDP2
 
 Torch's fake process group stands for the other ranks: a collective returns at once, so the time is this rank's own
@@ -19,6 +19,7 @@ import datetime
 import gc
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,18 +85,19 @@ def contenders(params: list[Parameter]) -> dict[str, dict[str, Callable[[], obje
     }
 
 
-def without_those_that_stop(functions: dict[str, Callable[[], object]]) -> tuple[dict, dict[str, str]]:
-    """Those that run, and of each other the first line of its error."""
-    runs, stops = {}, {}
+def collectives(functions: dict[str, Callable[[], object]]) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Bytes of the collectives of each function, and of those that do not run the first line of their error."""
+    sizes, errors = {}, {}
     for name, function in functions.items():
         try:
-            function()
-            runs[name] = function
+            with Collectives() as seen:
+                function()
+            sizes[name] = seen.sizes
         except RuntimeError as error:  # torch's clipping, of parameters on several meshes
             if name != BASELINE:
                 raise
-            stops[name] = str(error).splitlines()[0]
-    return runs, stops
+            errors[name] = str(error).splitlines()[0]
+    return sizes, errors
 
 
 def measure(
@@ -126,18 +128,13 @@ def measure(
         params = allocated(model)
         rows = []
         for what, functions in contenders(params).items():
-            runs, stops = without_those_that_stop(functions)
 
             def above_the_largest_norm(what: str = what) -> None:
                 if what == "clip":  # again, whoever clipped last
                     torch._foreach_mul_([p.grad.to_local() for p in params], 2.0)
 
-            above_the_largest_norm()
-            sizes = {}
-            for name, function in runs.items():
-                with Collectives() as seen:
-                    function()
-                sizes[name] = seen.sizes
+            sizes, errors = collectives(functions)
+            runs = {name: functions[name] for name in sizes}
             above_the_largest_norm()
             once = 1e-3 * timed(lambda runs=runs: [function() for function in runs.values()], CPU)
             times = time_in_turn(runs, max(repetitions, round(seconds / once)), CPU, above_the_largest_norm)
@@ -145,7 +142,7 @@ def measure(
                 {**row, "collectives": sizes[row["contender"]]}
                 for row in rows_of(times, BASELINE, **common, what=what)
             ]
-            rows += [{**common, "what": what, "contender": name, "error": error} for name, error in stops.items()]
+            rows += [{**common, "what": what, "contender": name, "error": error} for name, error in errors.items()]
     return rows
 
 
@@ -168,6 +165,32 @@ def cells(adamw: dict, adams: dict) -> str:
     if "error" in adamw:
         return f"stops | {adams['median_ms']:.1f} | "
     return f"{adamw['median_ms']:.1f} | {adams['median_ms']:.1f} | {adams['ratio_to_fused_adamw']:.2f}"
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Of every engine, the ratios and the numbers of collectives."""
+    lines = [
+        f"| times {BASELINE}: median of the combinations (smallest to largest) | step | clipping + step "
+        f"| collectives of a step: {BASELINE} / {ADAMS} | with clipping: {BASELINE} / {ADAMS} |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for engine in dict.fromkeys(row["engine"] for row in rows if "left_out" not in row):
+        ratios, counts = [], []
+        for what in WHATS:
+            mine = found(rows, engine=engine, what=what, contender=ADAMS)
+            values = [row["ratio_to_fused_adamw"] for row in mine if "ratio_to_fused_adamw" in row]
+            spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+            ratios.append(spread or "stops")
+            both = (found(rows, engine=engine, what=what, contender=name) for name in (BASELINE, ADAMS))
+            counts.append(
+                " / ".join(
+                    ", ".join(map(str, sorted({len(row["collectives"]) for row in group if "collectives" in row})))
+                    or "stops"
+                    for group in both
+                )
+            )
+        lines.append(f"| {engine} | {' | '.join([*ratios, *counts])} |")
+    return lines
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -304,6 +327,8 @@ def main() -> None:
         f"- at least {arguments.repetitions} repetitions, in which the optimizers take turns; medians of times and of "
         "ratios within a repetition; quartiles are in the .json",
         "- elements: of the weights in this rank's shards",
+        "",
+        *summary(rows),
         *table(rows),
     ]
     table_path.write_text("\n".join(lines) + "\n")
