@@ -17,12 +17,8 @@ import csv
 import datetime
 import gc
 import importlib.util
-import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +30,23 @@ from torch.nn import Parameter
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
+from benchmark_tools import (  # noqa: E402
+    DECAY,
+    LR,
+    MAX_NORM,
+    machine,
+    quartiles,
+    rows_of,
+    share_moments,
+    time_in_turn,
+)
 from reference_adams import ReferenceAdamS  # noqa: E402
 
-import hf_swd  # noqa: E402
 from hf_swd import AdamS, ScheduledWeightDecay  # noqa: E402
 
 
-LR, DECAY, MAX_NORM = 1e-5, 1e-6, 1.0
 BASELINE = "AdamW fused"
 WORDS = {"step": 7, "clip": 10}  # that fused AdamW moves per parameter: docs/benchmarks/README.md
 FIELDS = (
@@ -160,72 +164,6 @@ def relative_error(contender: Contender, device: torch.device, clip: bool) -> fl
     pairs = list(zip(params, final, start, strict=True))
     error = sum((p.detach().double().cpu() - w).square().sum() for p, w, _ in pairs)
     return (error / sum((w - s).square().sum() for _, w, s in pairs)).sqrt().item()
-
-
-# How it is measured
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def quartiles(times: list[float]) -> tuple[float, float, float]:
-    first, _, third = statistics.quantiles(times, n=4)
-    return statistics.median(times), first, third
-
-
-def time_in_turn(
-    functions: dict[str, Callable[[], object]],
-    repetitions: int,
-    device: torch.device,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Milliseconds of each function, once in every repetition; two warm up. `before` runs before each, not timed."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 2):
-        for name, function in functions.items():
-            before()
-            elapsed = timed(function, device)
-            if repetition >= 2:
-                times[name].append(elapsed)
-    return times
-
-
-def rows_of(times: dict[str, list[float]], baseline: str, **common: object) -> list[dict]:
-    rows = []
-    for name, values in times.items():
-        median, first, third = quartiles(values)
-        ratio = statistics.median(a / b for a, b in zip(values, times[baseline], strict=True))
-        rows.append(
-            {
-                **common,
-                "contender": name,
-                "median_ms": median,
-                "first_quartile_ms": first,
-                "third_quartile_ms": third,
-                "repetitions": len(values),
-                "ratio_to_fused_adamw": ratio,
-            }
-        )
-    return rows
-
-
-def share_moments(optimizers: list[torch.optim.Optimizer], params: list[Parameter]) -> None:
-    """One pair of moments for all, where each with its own would not fit; the weights then mean nothing."""
-    first, *others = optimizers
-    first.step()
-    for p in params:
-        for other in others:
-            other.state[p].update({**first.state[p], "step": first.state[p]["step"].clone()})
 
 
 def compare(
@@ -421,22 +359,6 @@ SUITES = {
 # What is written
 
 
-def machine(arguments) -> list[str]:
-    if arguments.device.type == "cuda":
-        name = torch.cuda.get_device_name(arguments.device)
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-        name = f"{models[0] if models else platform.processor()}, {threads}"
-    return [
-        f"- device: {name}",
-        f"- Python {platform.python_version()}, torch {torch.__version__}, hf_swd {hf_swd.__version__}",
-        f"- command: `python {' '.join(['scripts/benchmark_optimizer_step.py', *sys.argv[1:]])}`",
-        f"- date: {datetime.date.today().isoformat()}",
-    ]
-
-
 def times_of(row: dict) -> str:
     """Its cells of median and quartiles."""
     return f"{row['median_ms']:.2f} | {row['first_quartile_ms']:.2f} to {row['third_quartile_ms']:.2f}"
@@ -540,7 +462,7 @@ def main() -> None:
     lines = [
         f"# Optimizer step: {name}",
         "",
-        *machine(arguments),
+        *machine(arguments.device),
         "",
         "Distance of the weights from the float64 reference:",
         "",
