@@ -136,8 +136,8 @@ def _refuse_parts(params: Iterable[Tensor]) -> None:
     if any(map(is_deepspeed_part, params)):
         raise RuntimeError(
             "scheduled weight decay cannot run with DeepSpeed's AutoTP, nor with its expert parallelism (ep_size "
-            "above 1): parameters are parts of larger ones, or experts of this rank alone, and each rank would decay by a "
-            "number of its own. Use the tensor or expert parallelism of transformers (DistributedConfig), or of torch"
+            "above 1): parameters are parts of larger ones, or experts of this rank alone, and each rank would decay "
+            "by a number of its own. Use the tensor or expert parallelism of transformers (DistributedConfig)"
         )
 
 
