@@ -61,16 +61,18 @@ def _trainer(
     engine: str,
     folder: str,
     *,
-    trainer: str,
-    micros: int,
-    config_file: str | None,
-    use_orig_params: bool,
-    kind: str,
-    sizes: dict[str, Any],
+    trainer: str = "Trainer",
+    micros: int = 1,
+    config_file: str | None = None,
+    use_orig_params: bool = True,
+    kind: str = "bert",
+    sizes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
+    """The engine "divided" is a model that `from_pretrained` divides by `sizes`."""
     import transformers
 
+    sizes = sizes or {}
     pretend_gpus.install()
     engines_accelerate.reset()
     data = divided.data_world(sizes) if engine == "divided" else dist.get_world_size()
@@ -104,48 +106,30 @@ def _trainer(
     return cls(model, arguments, train_dataset=dataset)
 
 
-def run(
-    engine: str,
-    *,
-    trainer: str = "Trainer",
-    micros: int = 1,
-    config_file: str | None = None,
-    use_orig_params: bool = True,
-    resume_at: int = 0,
-    kind: str = "bert",
-    sizes: dict[str, Any] | None = None,
-    look: bool = False,
-    **changes: Any,
-) -> dict[str, Any]:
-    """
-    Weights and logs; with `resume_at` those of a second Trainer that goes on from the first one's checkpoint.
+def save(engine: str, *, folder: str, at: int, **options: Any) -> None:
+    """Train, and write the checkpoint of step `at` to `folder`."""
+    _trainer(engine, folder, save_strategy="steps", save_steps=at, **options).train()
+    dist.barrier()
 
-    The engine "divided" is a model of a `kind` that `from_pretrained` divides by `sizes`. With `look` someone looks at
-    the gradients between clipping and the step: their norms.
+
+def run(engine: str, *, resume_at: int = 0, saved: str = "", look: bool = False, **options: Any) -> dict[str, Any]:
     """
-    options: dict[str, Any] = {
-        "trainer": trainer,
-        "micros": micros,
-        "config_file": config_file,
-        "use_orig_params": use_orig_params,
-        "kind": kind,
-        "sizes": sizes or {},
-        **changes,
-    }
-    with shared_folder() as folder:
-        checkpoint = None
-        if resume_at:
-            first = _trainer(engine, folder, save_strategy="steps", save_steps=resume_at, **options)
-            first.train()
-            dist.barrier()
-            checkpoint = f"{folder}/checkpoint-{resume_at}"
+    Weights and logs; with `resume_at` of a Trainer that goes on from the checkpoint of this step of another one.
+
+    Args:
+        saved (`str`): folder of the checkpoint, of any number of processes; it is written first unless it is given.
+        look (`bool`): someone looks at the gradients between clipping and the step; `norms` are theirs.
+    """
+    with contextlib.nullcontext(saved) if saved else shared_folder() as folder:
+        if resume_at and not saved:
+            save(engine, folder=folder, at=resume_at, **options)
         last = _trainer(engine, folder, **options)
         looks = LooksAtGradients()
         if look:
             last.add_callback(looks)
         with _other_clippings() as clippings:
-            last.train(resume_from_checkpoint=checkpoint)
-    assert type(last).__name__ == trainer
+            last.train(resume_from_checkpoint=f"{folder}/checkpoint-{resume_at}" if resume_at else None)
+    assert type(last).__name__ == options.get("trainer", "Trainer")
     if engine != "divided":  # otherwise it has been checked when it was built
         check_engine(engine, last.model_wrapped, last.optimizer)
     logs = [entry for entry in last.state.log_history if "loss" in entry]

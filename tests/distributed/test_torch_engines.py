@@ -185,3 +185,13 @@ def unclipped(engine: str, id: str = "", **options):
 )
 def test_schedule_by_the_norm_before_clipping(results: Results) -> None:
     check_run(results, reference(unclipped_norm=True))
+
+
+@pytest.mark.parametrize(
+    "variant", [variant(f"left-alone-in-{call}", "left_alone", call=call) for call in ("step", "clip")]
+)
+def test_a_rank_that_is_left_alone_is_told_of_what(results: Results) -> None:
+    *messages, _ = value_of(results)
+    for message in messages:
+        assert "imed out" in message, "what the backend says"
+        assert "clip_grad_norm_() of AdamS" in message and "every rank" in message
