@@ -48,7 +48,7 @@ def refuse_plain_shards(model: Any) -> None:
         raise RuntimeError(
             f"tensor or expert parallelism has divided {parts[0]} (and {len(parts) - 1} more) into plain tensors, as "
             "transformers before 5.16 does: gradient clipping and the weight decay schedule would see another norm on "
-            "each rank. Use transformers 5.16 or later, whose parts are DTensors"
+            "each rank. Use transformers 5.20 or later, whose parts are DTensors"
         )
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines_accelerate import shared_folder
-from task import build_model
+from engines_accelerate import pretend_gpus, reset, shared_folder, weights
+from probe import Probe
+from task import KINDS, LR, batches, build_model, groups, share
 from torch import nn
+
+import hf_swd
 
 
 def build(kind: str, sizes: dict[str, Any]) -> nn.Module:
@@ -30,6 +33,28 @@ def build(kind: str, sizes: dict[str, Any]) -> nn.Module:
 def data_world(sizes: dict[str, Any]) -> int:
     """How many ranks have data of their own."""
     return dist.get_world_size() // sizes.get("tp_size", 1)
+
+
+def accelerate_loop(kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The run in a bare accelerate loop, whose `Accelerator` knows of tensor parallelism only."""
+    from accelerate import Accelerator, ParallelismConfig
+
+    pretend_gpus.install()
+    reset()
+    accelerator = Accelerator(parallelism_config=ParallelismConfig(**sizes))
+    model = build(kind, sizes)
+    optimizer = hf_swd.AdamS(groups(model, KINDS[kind].weight_decay), lr=LR)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    probe = Probe(optimizer.optimizer)
+    world = data_world(sizes)
+    rank = dist.get_rank() * world // dist.get_world_size()
+    for batch in batches(kind=kind):
+        accelerator.backward(model(**share(batch, rank, world)).loss)
+        accelerator.clip_grad_norm_(model.parameters(), KINDS[kind].max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        probe.end_of_step()
+    return probe.report(weights(model))
 
 
 def _check(model: nn.Module, sizes: dict[str, Any]) -> None:

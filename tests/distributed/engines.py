@@ -281,6 +281,35 @@ def tensor_parallel(
     return probe.report(whole_weights(model.named_parameters()))
 
 
+def gradient_placements(*, clip: bool, **options: Any) -> dict[str, float]:
+    """Of a divided matrix, autograd may leave the gradient whole on each rank, or as addends that are still to be
+    summed: what that makes of the weights and of the rms, against a plain tensor."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    start = torch.randn(2 * world + 1, 3)  # the parts are of different sizes
+    grads = torch.randn(4, *start.shape)
+    whole = nn.Parameter(start.clone())
+    parts = {name: nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for name in ("replicate", "partial")}
+    optimizers = {name: hf_swd.AdamS([p], lr=0.1, weight_decay=0.1, **options) for name, p in parts.items()}
+    plain = hf_swd.AdamS([whole], lr=0.1, weight_decay=0.1, **options)
+    errors: dict[str, float] = {}
+    for grad in grads:
+        whole.grad = grad.clone()
+        parts["replicate"].grad = DTensor.from_local(grad.clone(), mesh, [Replicate()])
+        parts["partial"].grad = DTensor.from_local(grad / world, mesh, [Partial()])
+        for optimizer in (plain, *optimizers.values()):
+            if clip:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        for name, p in parts.items():
+            error = float((p.full_tensor() - whole).abs().max()) + abs(optimizers[name].grad_rms / plain.grad_rms - 1)
+            errors[name] = max(errors.get(name, 0.0), error)
+    return errors
+
+
 # Optimizers that hold disjoint parts of the model
 
 

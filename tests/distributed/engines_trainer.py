@@ -67,9 +67,11 @@ def _trainer(
     use_orig_params: bool = True,
     kind: str = "bert",
     sizes: dict[str, Any] | None = None,
+    parallelism: dict[str, int] | None = None,
     **changes: Any,
 ) -> Any:
-    """The engine "divided" is a model that `from_pretrained` divides by `sizes`."""
+    """The engine "divided" is a model that `from_pretrained` divides by `sizes`; accelerate may be told so, too."""
+    import accelerate
     import transformers
 
     sizes = sizes or {}
@@ -94,6 +96,7 @@ def _trainer(
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             **_arguments(engine, config_file, use_orig_params, kind),
+            **({"parallelism_config": accelerate.ParallelismConfig(**parallelism)} if parallelism else {}),
             **changes,
         },
     )
