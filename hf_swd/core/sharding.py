@@ -84,6 +84,13 @@ class Layout:
         return _all_reduce(combine(torch.stack(parts)), self._process_group, combine)
 
 
+_LEFT_ALONE = (
+    "hf_swd: step() and clip_grad_norm_() of AdamS (or of a scheduled optimizer) sum numbers of the gradients over "
+    "ranks, and every rank must make each of these calls, in the same order. Has another rank skipped one (a batch "
+    "less, a step left out for a bad loss), or ended with an error of its own?"
+)
+
+
 def _sum(values: Tensor) -> Tensor:
     return values.sum(0)
 
@@ -110,5 +117,10 @@ def _all_reduce(values: Tensor, group: ProcessGroup | None, combine: Callable[[T
     if device.type == "cpu" and "gloo" not in str(dist.get_backend(group)):
         values = values.to(torch.accelerator.current_accelerator())
     values = values.clone()
-    dist.all_reduce(values, dist.ReduceOp.MAX if combine is _maximum else dist.ReduceOp.SUM, group=group)
+    try:
+        dist.all_reduce(values, dist.ReduceOp.MAX if combine is _maximum else dist.ReduceOp.SUM, group=group)
+    except RuntimeError as error:
+        # Of itself it says that someone was waited for, but not who waited for what.
+        error.args = (f"{error}\n{_LEFT_ALONE}", *error.args[1:])
+        raise
     return values.to(device)

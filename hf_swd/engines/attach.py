@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -11,9 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..core.blocks import ParameterBlocks
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
+from .tensor_parallel import refuse_plain_shards
 from .zero import (
     bind_zero,
     find_zero_optimizer,
+    is_deepspeed_part,
     is_zero_parameter,
     refuse_old_version,
     refuse_replacement,
@@ -48,15 +50,16 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
         optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's
             engine).
         model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they
-            are sharded.
+            are sharded, and to refuse tensor parallelism of versions of transformers in which they do not either.
 
     Returns:
         [`WeightDecaySchedule`]: the schedule, with `grad_rms` and `step_count`.
 
     Raises:
         ValueError: the optimizer has no schedule.
-        RuntimeError: under this configuration of DeepSpeed the schedule cannot see the whole model, or this version of
-            DeepSpeed is too old; the message says what to change.
+        RuntimeError: under this configuration of DeepSpeed, or with the tensor parallelism of this version of
+            transformers, the schedule cannot see the whole model, or this version of DeepSpeed is too old; the message
+            says what to change.
 
     Example:
 
@@ -76,6 +79,8 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
             f"optimizer={type(optimizer).__name__}: it has no weight decay schedule; build it with hf_swd.AdamS or "
             "wrap it in hf_swd.ScheduledWeightDecay before accelerator.prepare"
         )
+    refuse_plain_shards(model)
+    _refuse_parts(p for reference in schedule._model_params if (p := reference()) is not None)
     shards = {} if model is None else fsdp1_shards(model)
     if shards and isinstance(schedule._blocks, ParameterBlocks):
         schedule._use(schedule._blocks.divided(shards=shards))
@@ -112,6 +117,7 @@ _seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
 def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule, known: Collection[Tensor]) -> None:
     """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    _refuse_parts(params)
     originals = [p for reference in schedule._model_params if (p := reference()) is not None]
     zero = any(map(is_zero_parameter, originals))
     fsdp = any(is_fsdp1_shard(p) and p not in known for p in params)
@@ -123,6 +129,15 @@ def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule, 
             "to it: each rank would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with "
             "what accelerator.prepare (or deepspeed.initialize) returned; a Trainer does it by itself after `import "
             "hf_swd`."
+        )
+
+
+def _refuse_parts(params: Iterable[Tensor]) -> None:
+    if any(map(is_deepspeed_part, params)):
+        raise RuntimeError(
+            "scheduled weight decay cannot run with DeepSpeed's AutoTP, nor with its expert parallelism (ep_size "
+            "above 1): parameters are parts of larger ones, or experts of this rank alone, and each rank would decay "
+            "by a number of its own. Use the tensor or expert parallelism of transformers (DistributedConfig)"
         )
 
 

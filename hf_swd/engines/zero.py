@@ -80,6 +80,12 @@ def is_zero_parameter(p: Tensor) -> bool:
     return any(hasattr(p, mark) for mark in ("_hp_mapping", "ds_id"))
 
 
+def is_deepspeed_part(p: Tensor) -> bool:
+    """Whether other ranks hold other parts of this parameter (AutoTP), or other experts in its place (MoE)."""
+    experts = getattr(p, "allreduce", True) is False and getattr(p, "group_name", "ep_size_1") != "ep_size_1"
+    return experts or getattr(p, "ds_is_replaced_module", False)
+
+
 def refuse_unscaled_fp16(optimizer: Any) -> None:
     """
     Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never
@@ -122,7 +128,7 @@ class ZeroBlock(Blocks):
                 f"{name or 'the groups of parameters'!r} or 'clip_grad': use a version that "
                 "docs/distributed.md lists"
             )
-        _refuse(zero_optimizer)
+        _refuse(zero_optimizer, [p for group in groups for p in group])
         params = [p for group in self._base.param_groups for p in group["params"]]
         device = params[0].device if params else torch.device("cpu")
         sums, steps = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
@@ -263,7 +269,7 @@ def refuse_replacement(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse(zero_optimizer: Any) -> None:
+def _refuse(zero_optimizer: Any, model_params: list[Tensor]) -> None:
     """What cannot be made right stops here, before the first step."""
     groups = zero_optimizer.optimizer.param_groups
     read = functools.partial(getattr, zero_optimizer)
@@ -273,8 +279,17 @@ def _refuse(zero_optimizer: Any) -> None:
             "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same",
         ),
         (read("has_moe_layers", False), "expert-parallel parameters, whose norm is another on each rank: use FSDP2"),
+        (
+            any(map(is_deepspeed_part, model_params)),
+            "AutoTP (tensor_parallel.autotp_size), of whose parameters each rank counts its own parts: use the tensor "
+            "parallelism of transformers (DistributedConfig) or of torch",
+        ),
         (read("compute_grad_norm", True) is False, "zero_optimization.compute_grad_norm=false: leave it at true"),
         (read("zenflow", False), "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out"),
+        (
+            hasattr(zero_optimizer, "superoffload_cpu_optimizer"),
+            "SuperOffload, whose optimizer is in another process: leave offload_optimizer.super_offload out",
+        ),
         (read("backup_optimizer", None) is not None, "offload_optimizer.ratio below 1 (two optimizers): set it to 1"),
         (any(group.get("amsgrad") for group in groups), "AMSGrad, which needs every gradient: set amsgrad=False"),
     ]

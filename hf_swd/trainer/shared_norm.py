@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from ..core.schedule import schedule_of
 
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer
 
     from ..core.schedule import WeightDecaySchedule
@@ -29,17 +30,17 @@ _BETWEEN_CLIPPING_AND_STEP = ("_inner_training_loop", "_run_epoch", "_clip_grad_
 def shared_norm(trainer: Trainer) -> Iterator[None]:
     """
     While it lasts, `trainer.accelerator.clip_grad_norm_`, by which every version of transformers clips and measures,
-    takes the norm from the schedule of the trainer's optimizer, which then need not read the gradients again.
+    takes the norm from the schedule of the trainer's optimizer, which then need not read the gradients again. So does
+    `trainer._mixed_mesh_grad_norm`, by which newer ones do so with tensor and expert parallelism, where gradients are
+    on several meshes (or some are no DTensors), and neither accelerate nor torch takes them together.
 
     It does so in one process and under DDP and FSDP, for the gradients of all parameters that the optimizer holds. All
-    other calls, those without a schedule among them, go to accelerate as they are, and an accelerator with a clipping
-    of its own is left alone.
+    other calls, those without a schedule among them, go to accelerate as they are, and an accelerator or a trainer
+    with a clipping of its own is left alone.
     """
     accelerator = trainer.accelerator
     clip = accelerator.clip_grad_norm_
-    if getattr(clip, "__func__", None) is not Accelerator.clip_grad_norm_:
-        yield
-        return
+    clip_mixed: Any = getattr(trainer, "_mixed_mesh_grad_norm", None)
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: int = 2) -> Any:
         schedule = schedule_of(trainer.optimizer)
@@ -49,11 +50,28 @@ def shared_norm(trainer: Trainer) -> Iterator[None]:
         norm = _clip_with_schedule(trainer, schedule, parameters, max_norm)
         return clip(parameters, max_norm, norm_type) if norm is None else norm
 
-    accelerator.clip_grad_norm_ = clip_grad_norm_
+    def mixed_mesh_grad_norm(model: nn.Module, max_norm: float) -> Any:
+        schedule = schedule_of(trainer.optimizer)
+        if schedule is None:
+            return clip_mixed(model, max_norm)
+        norm = _clip_with_schedule(trainer, schedule, list(model.parameters()), max_norm)
+        return clip_mixed(model, max_norm) if norm is None else norm
+
+    with contextlib.ExitStack() as replaced:
+        if getattr(clip, "__func__", None) is Accelerator.clip_grad_norm_:
+            replaced.enter_context(_replaced(accelerator, "clip_grad_norm_", clip_grad_norm_))
+        if getattr(clip_mixed, "__module__", None) == "transformers.trainer":
+            replaced.enter_context(_replaced(trainer, "_mixed_mesh_grad_norm", mixed_mesh_grad_norm))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    setattr(owner, name, method)
     try:
         yield
     finally:
-        del accelerator.clip_grad_norm_
+        delattr(owner, name)
 
 
 def _clip_with_schedule(

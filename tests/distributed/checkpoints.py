@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import divided
 import engines
 import engines_deepspeed as ds
+import task
 import torch
 import torch.distributed as dist
 from engines import build_optimizer, clipper, whole_weights
@@ -83,6 +85,44 @@ def fsdp2_resume(
     probe = Probe(optimizer)
     engines.train(model, optimizer, clipper(model, optimizer), probe=probe, first=HALF)
     return probe.report(whole_weights(model.named_parameters()), decays_before=before)
+
+
+# Models that transformers divides, with torch.distributed.checkpoint: a Trainer writes none of their optimizer
+
+
+def divided_run(*, kind: str, sizes: dict[str, Any], load: str = "", save: str = "") -> dict:
+    """The first half of the run, saved, or the second half of what was saved, in this number of processes."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = divided.build(kind, sizes)
+    optimizer = hf_swd.AdamS(task.groups(model, task.KINDS[kind].weight_decay), lr=task.LR)
+    if load:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=load)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    probe = Probe(optimizer)
+    world = divided.data_world(sizes)
+    rank = dist.get_rank() * world // dist.get_world_size()
+    for batch in task.batches(*((HALF, STEPS) if load else (0, HALF)), kind=kind):
+        model(**task.share(batch, rank, world)).loss.backward()
+        optimizer.clip_grad_norm_(task.KINDS[kind].max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        probe.end_of_step()
+    if save:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=save)
+    return probe.report(whole_weights(model.named_parameters()))
+
+
+def divided_resume(*, kind: str, sizes: dict[str, Any], then: dict[str, Any]) -> dict:
+    """Go on in a model that is divided by the sizes `then`."""
+    folder = str(shared_folder())
+    before = divided_run(kind=kind, sizes=sizes, save=folder)["decays"]
+    after = divided_run(kind=kind, sizes=then, load=folder)
+    return {**after, "decays": before + after["decays"]}
 
 
 # FSDP1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -280,6 +281,35 @@ def tensor_parallel(
     return probe.report(whole_weights(model.named_parameters()))
 
 
+def gradient_placements(*, clip: bool, **options: Any) -> dict[str, float]:
+    """Of a divided matrix, autograd may leave the gradient whole on each rank, or as addends that are still to be
+    summed: what that makes of the weights and of the rms, against a plain tensor."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    start = torch.randn(2 * world + 1, 3)  # the parts are of different sizes
+    grads = torch.randn(4, *start.shape)
+    whole = nn.Parameter(start.clone())
+    parts = {name: nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for name in ("replicate", "partial")}
+    optimizers = {name: hf_swd.AdamS([p], lr=0.1, weight_decay=0.1, **options) for name, p in parts.items()}
+    plain = hf_swd.AdamS([whole], lr=0.1, weight_decay=0.1, **options)
+    errors: dict[str, float] = {}
+    for grad in grads:
+        whole.grad = grad.clone()
+        parts["replicate"].grad = DTensor.from_local(grad.clone(), mesh, [Replicate()])
+        parts["partial"].grad = DTensor.from_local(grad / world, mesh, [Partial()])
+        for optimizer in (plain, *optimizers.values()):
+            if clip:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        for name, p in parts.items():
+            error = float((p.full_tensor() - whole).abs().max()) + abs(optimizers[name].grad_rms / plain.grad_rms - 1)
+            errors[name] = max(errors.get(name, 0.0), error)
+    return errors
+
+
 # Optimizers that hold disjoint parts of the model
 
 
@@ -320,6 +350,21 @@ def pipeline_stages(clip: str = "exact") -> dict:
         for name, p in model.named_parameters():
             dist.broadcast(p.detach(), owners[name])
     return probe.report(whole_weights(model.named_parameters()))
+
+
+def left_alone(call: str) -> str:
+    """The last rank leaves out one call that the others make: what they are told when they have waited long enough."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    model = build_model()
+    optimizer = build_optimizer(model, process_group=group)
+    model(**batches(0, 1)[0]).loss.backward()
+    message = ""
+    if dist.get_rank() < dist.get_world_size() - 1:
+        before = whole_weights(model.named_parameters())
+        message = message_of({"step": optimizer.step, "clip": lambda: optimizer.clip_grad_norm_(MAX_NORM)}[call])
+        assert all(torch.equal(before[n], w) for n, w in whole_weights(model.named_parameters()).items())
+    dist.barrier()
+    return message
 
 
 # Low precision

@@ -29,9 +29,10 @@ def config(
     sub_group: int = 0,
     offload: str | None = None,
     force_cpu_adam: bool = True,
+    autotp: int = 1,
     **zero: Any,
 ) -> dict[str, Any]:
-    world = dist.get_world_size()
+    world = dist.get_world_size() // autotp
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (world * micros),
         "gradient_accumulation_steps": micros,
@@ -43,6 +44,8 @@ def config(
     }
     if "zenflow" in zero:
         result["optimizer"] = {"type": "AdamW", "params": {"lr": LR}}  # ZenFlow takes its options from here
+    if autotp > 1:
+        result["tensor_parallel"] = {"autotp_size": autotp}
     if sub_group:
         result["zero_optimization"]["sub_group_size"] = sub_group
     if offload == "nvme":
@@ -194,6 +197,7 @@ def refused(
     amsgrad: bool = False,
     own_clipping: bool = False,
     reported_version: str = "",
+    kind: str = "bert",
     **options: Any,
 ) -> dict:
     """
@@ -201,7 +205,7 @@ def refused(
 
     `reported_version` only makes DeepSpeed say that it is another version.
     """
-    model = build_model()
+    model = build_model(kind=kind)
     if different_betas or amsgrad:
         params = groups(model)
         if different_betas:
@@ -211,7 +215,8 @@ def refused(
         optimizer = ds_optimizer(model, optim)
     import deepspeed
 
-    engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, **options))
+    with _super_offload_on_cpu():
+        engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, **options))
     before = weights(engine)
 
     def run() -> None:
@@ -222,14 +227,21 @@ def refused(
                 hf_swd.attach(wrapped)
         if own_clipping:
             base_optimizer(engine).clip_grad_norm_(MAX_NORM)
-        train(engine, last=1)
+        (batch,) = batches(last=1, kind=kind)
+        engine.backward(engine(**batch).loss)
+        engine.step()
 
     message = message_of(run)
     return {"message": message, "before": before, "weights": weights(engine)}
 
 
-def refused_experts() -> dict:
-    """Expert-parallel layers: attach stops."""
+def _super_offload_on_cpu() -> Any:
+    """SuperOffload asks for CUDA when it is built, and needs it to train, but not to be refused."""
+    return mock.patch("deepspeed.runtime.superoffload.superoffload_stage3._validate_superoffload_accelerator")
+
+
+def refused_experts(stage: int, *, attach: bool = True) -> dict:
+    """DeepSpeed's expert-parallel layers."""
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -238,10 +250,18 @@ def refused_experts() -> dict:
     model.experts = MoE(8, nn.Linear(8, 8), num_experts=dist.get_world_size(), ep_size=dist.get_world_size())
     params = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
     optimizer = hf_swd.AdamS(params, lr=LR, weight_decay=WEIGHT_DECAY)
-    ds_config = config(2, dtype="bf16")
+    ds_config = config(stage, dtype="bf16" if stage else "fp32")
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     before = {n: p.detach().float().clone() for n, p in engine.module.named_parameters()}
-    message = message_of(lambda: hf_swd.attach(wrapped))
+
+    def run() -> None:
+        if attach:
+            hf_swd.attach(wrapped)
+        x = torch.randn(4, 8)
+        engine.backward(engine(x)[0].square().mean())
+        engine.step()
+
+    message = message_of(run)
     return {
         "message": message,
         "before": before,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -153,7 +154,7 @@ def test_reference_steps_go_on(results: Results, variant: Variant) -> None:
 # From 2 processes to 1 and to 4
 
 
-ZERO = {"zero2": {"stage": 2}, "zero3": {"stage": 3}}
+ZERO = {"zero1": {"stage": 1}, "zero2": {"stage": 2}, "zero3": {"stage": 3}}
 
 
 def spec(id: str, function: str, **kwargs: Any) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def resumed_by(
 @pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
-    ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)],
+    ["fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2))],
 )
 def test_saved_by_two_processes(resumed_by: Callable[[int], dict[str, Results]], name: str, world: int) -> None:
     check_resumed(resumed_by(world)[name], reference())
@@ -209,3 +210,17 @@ def test_universal_checkpoint_of_stage_3_keeps_the_schedule(resumed_by: Callable
         assert value["step_count"] == STEPS
         (decay,) = value["decays"][0]
         assert math.isclose(decay, reference().decays[STEPS // 2], rel_tol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_trainer_on_another_number_of_processes(engine: str, tmp_path: Path) -> None:
+    folder, at = str(tmp_path / "saved"), STEPS // 2
+    parts = {2: ("save", {"folder": folder, "at": at}), 4: ("run", {"saved": folder, "resume_at": at})}
+    for world, (function, kwargs) in parts.items():
+        spec = Variant("part", "engines_trainer", function, world, {"engine": engine, **kwargs}).spec()
+        answers = value_of(run_variants([spec], world, tmp_path / f"run-{world}")["part"])
+    for answer in answers:
+        assert distance(answer["weights"], reference().weights) < TOLERANCE
+        assert [entry["step"] for entry in answer["logs"]] == list(range(1, STEPS + 1))
+    check_equal_weights(answers)

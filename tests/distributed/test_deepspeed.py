@@ -211,7 +211,11 @@ REFUSED = {
     "amsgrad": "amsgrad=False",
     "ratio": "offload_optimizer.ratio",
     "zenflow": "zenflow",
+    "zenflow-3": "zenflow",
+    "super-offload": "super_offload",
     "experts": "expert-parallel",
+    "experts-0": "ep_size",
+    "experts-0-unattached": "ep_size",
     "zero0-fp16": "stage 0",
     "own-clipping": "gradient_clipping",
     "old-version": "pip install 'deepspeed>=",
@@ -234,7 +238,18 @@ REFUSED = {
             offload="cpu",
             zenflow={"topk_ratio": 0.1, "update_interval": 2},
         ),
-        variant("experts", "refused_experts"),
+        variant("zenflow-3", "refused", stage=3, zenflow={"topk_ratio": 0.1, "update_interval": 2}, slow=True),
+        variant(
+            "super-offload",
+            "refused",
+            stage=3,
+            optim="cpu_adams",
+            offload="cpu",
+            offload_optimizer={"super_offload": True, "pin_memory": False},
+        ),
+        variant("experts", "refused_experts", stage=2),
+        variant("experts-0", "refused_experts", stage=0),
+        variant("experts-0-unattached", "refused_experts", stage=0, attach=False),
         variant("zero0-fp16", "refused", stage=0, dtype="fp16"),
         variant("own-clipping", "refused", stage=2, own_clipping=True),
         variant("old-version", "refused", stage=2, reported_version="0.19.7"),
@@ -242,3 +257,16 @@ REFUSED = {
 )
 def test_what_cannot_be_right_stops_before_a_weight_changes(results: Results, variant: Variant) -> None:
     check_refusal(results, REFUSED[variant.id])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant(f"autotp-{stage}{'' if attach else '-unattached'}", "refused", autotp=2, kind="llama", **kwargs)
+        for stage, attach, slow in ((0, True, True), (0, False, False), (2, True, False), (3, True, True))
+        for kwargs in [{"stage": stage, "attach": attach, "slow": slow}]
+    ],
+)
+def test_autotp_stops_before_a_weight_changes(results: Results) -> None:
+    # The last test here: DeepSpeed goes on with its tensor-parallel groups in all engines of the processes.
+    check_refusal(results, "AutoTP")

@@ -185,3 +185,29 @@ def unclipped(engine: str, id: str = "", **options):
 )
 def test_schedule_by_the_norm_before_clipping(results: Results) -> None:
     check_run(results, reference(unclipped_norm=True))
+
+
+@pytest.mark.parametrize(
+    "variant", [variant(f"left-alone-in-{call}", "left_alone", call=call) for call in ("step", "clip")]
+)
+def test_a_rank_that_is_left_alone_is_told_of_what(results: Results) -> None:
+    *messages, _ = value_of(results)
+    for message in messages:
+        assert "imed out" in message, "what the backend says"
+        assert "clip_grad_norm_() of AdamS" in message and "every rank" in message
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant(
+            f"gradient-placements{'-clipped' if clip else ''}-{kernel}", "gradient_placements", clip=clip, **options
+        )
+        for kernel, options in (("default", {}), ("foreach", {"foreach": True}))
+        for clip in (False, True)
+    ],
+)
+def test_gradients_that_are_not_divided_as_their_parameter(results: Results) -> None:
+    for errors in value_of(results):
+        assert set(errors) == {"replicate", "partial"}
+        assert max(errors.values()) < 1e-6
