@@ -28,9 +28,6 @@ class HubArguments:
     token: str | None = field(
         default=None, metadata={"help": "Access token of the Hub; by default the one stored by `hf auth login`."}
     )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a classification head of another size instead of stopping."}
-    )
 
     @property
     def hub(self) -> dict[str, str | None]:
