@@ -196,7 +196,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    trainer.add_callback(EngineCallback(trainer))
+    trainer.add_callback(EngineCallback(trainer, logger))
     wrap_own_layers(trainer)
 
     if training_args.do_train:

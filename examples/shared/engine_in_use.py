@@ -26,14 +26,15 @@ def engine_name(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any
 
 
 class EngineCallback(TrainerCallback):
-    """Logs the engine of a Trainer once it is built."""
+    """Has the logger of the script say which engine a Trainer has built."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, script: logging.Logger) -> None:
         self.trainer = trainer
+        self.script = script
 
     def on_train_begin(self, args, state, control, **kwargs):
         engine = engine_name(self.trainer.accelerator, self.trainer.model_wrapped, self.trainer.optimizer)
-        logger.info(f"Engine = {engine}")
+        self.script.info(f"Engine = {engine}")
 
 
 def wrap_own_layers(trainer: Trainer) -> None:
