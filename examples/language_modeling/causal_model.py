@@ -145,11 +145,12 @@ def add_lora(model: PreTrainedModel, lora: LoraArguments) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError(f"lora_r={lora.lora_r} needs PEFT: pip install peft") from error
+    targets = lora.lora_target_modules
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.lora_target_modules,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,  # in a list it would be a module
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
