@@ -41,7 +41,7 @@ import hf_swd  # makes --optim adams known to TrainingArguments
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
-from trainer_setup import HubArguments, OutputArguments, parse_arguments, publish, save_training, start
+from trainer_setup import HubArguments, OutputArguments, finish, parse_arguments, save_training, start
 
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def main() -> None:
             "dataset_args": task_name,
             "dataset": f"GLUE {task_name.upper()}",
         }
-    publish(trainer, card)
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ import hf_swd  # makes --optim adams known to TrainingArguments
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
 from engine_in_use import EngineCallback, wrap_own_layers
-from trainer_setup import HubArguments, OutputArguments, parse_arguments, publish, save_training, start
+from trainer_setup import HubArguments, OutputArguments, finish, parse_arguments, save_training, start
 
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def main() -> None:
         card["dataset"] = "source files of Python's standard library"
     elif data_args.dataset_name is not None:
         card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
-    publish(trainer, card)
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

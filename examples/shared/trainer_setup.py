@@ -112,9 +112,10 @@ def save_training(trainer: hf_swd.SWDTrainer, result: TrainOutput, num_samples: 
     trainer.save_state()
 
 
-def publish(trainer: hf_swd.SWDTrainer, card: dict[str, Any]) -> None:
-    """Writes the model card; to the Hub with the model under --push_to_hub."""
+def finish(trainer: hf_swd.SWDTrainer, card: dict[str, Any]) -> None:
+    """Writes the model card, to the Hub with the model under --push_to_hub; then the processes part."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
+    trainer.accelerator.end_training()  # without it, a process may abort at its exit
