@@ -6,7 +6,7 @@ Without a download (a small Llama from random weights, Python's standard library
     python examples/language_modeling/run_clm.py --embedded --do_train --do_eval --output_dir outputs/clm \\
         --optim adams --weight_decay 5e-4 --learning_rate 2e-3 --adam_beta2 0.99 --max_grad_norm 0 \\
         --warmup_steps 100 --lr_scheduler_type cosine --block_size 128 --per_device_train_batch_size 16 \\
-        --max_steps 1200 --logging_steps 50 --report_to tensorboard
+        --max_steps 600 --logging_steps 50 --report_to tensorboard
 
 Files (.txt; or .csv, .json, .jsonl with a text per row), from random weights or from a checkpoint, with LoRA or not:
 
