@@ -11,16 +11,17 @@ opening.
 from __future__ import annotations
 
 import ast
-import hashlib
-import importlib.util
-import os
 import re
-import sysconfig
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+from installed_sources import source_files, source_folder, stable_hash
 
 
 if TYPE_CHECKING:
@@ -40,17 +41,6 @@ MIN_SENTENCES_PER_LIBRARY = 200
 MIN_LIBRARIES = 3
 MAX_FILES_PER_LIBRARY = 600
 MAX_SENTENCES_PER_FILE = 25
-SKIPPED_FOLDERS = {
-    "_vendor",
-    "dist-packages",
-    "externals",
-    "idlelib",
-    "lib2to3",
-    "site-packages",
-    "test",
-    "testing",
-    "tests",
-}
 
 _NAMES = [*LIBRARIES, *(name for names in LIBRARIES.values() for name in names)]
 _GIVES_AWAY = re.compile(rf"(?<![a-z])(?:{'|'.join(_NAMES)})(?![a-z])", re.IGNORECASE)
@@ -60,28 +50,6 @@ _SENTENCE_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<!cf\.)(?<!al\.)(?
 # Prose from capital to full stop; colons, braces, equals signs and the like mean markup, parameter lists or code.
 _PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;'\"()`/.*_-]*[A-Za-z)`]\.")
 _NUM_WORDS = range(8, 41)
-
-
-def _stable_hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-def source_folder(library: str) -> Path | None:
-    """Folder of a library's source files, found without importing it; None if it is not installed."""
-    if library == "python":
-        return Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(library)
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
-
-
-def _source_files(folder: Path) -> list[tuple[str, Path]]:
-    """(relative name, path) by a hash of the name: any prefix is a fair sample, the same on every file system."""
-    files: dict[str, Path] = {}
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = set(subfolders) - SKIPPED_FOLDERS
-        paths = [Path(parent, name) for name in names if name.endswith(".py")]
-        files.update((path.relative_to(folder).as_posix(), path) for path in paths)
-    return [(name, files[name]) for name in sorted(files, key=_stable_hash)]
 
 
 def documentation(source: str) -> Iterator[str]:
@@ -144,7 +112,7 @@ def _library_sentences(library: str, num_sentences: int) -> dict[str, tuple[str,
     """Opening -> (sentence, file) of at least `num_sentences` sentences if the library has them, file by file."""
     found: dict[str, tuple[str, str]] = {}
     folder = source_folder(library)
-    for name, path in _source_files(folder)[:MAX_FILES_PER_LIBRARY] if folder else ():
+    for name, path in source_files(folder)[:MAX_FILES_PER_LIBRARY] if folder else ():
         if len(found) >= num_sentences:
             break
         try:
@@ -152,7 +120,7 @@ def _library_sentences(library: str, num_sentences: int) -> dict[str, tuple[str,
         except (OSError, SyntaxError, ValueError):  # unreadable, or not Python of this version: another file will do
             continue
         new = {_opening(s): (s, f"{library}/{name}") for s in reversed(sentences) if _opening(s) not in found}
-        found.update((opening, new[opening]) for opening in sorted(new, key=_stable_hash)[:MAX_SENTENCES_PER_FILE])
+        found.update((opening, new[opening]) for opening in sorted(new, key=stable_hash)[:MAX_SENTENCES_PER_FILE])
     return found
 
 
@@ -210,7 +178,7 @@ def build_embedded_task(sentences_per_library: int = 800, validation_fraction: f
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=classes), "source": Value("string")})
     return DatasetDict(
         {
-            split: Dataset.from_list(sorted(part, key=lambda row: _stable_hash(row["sentence"])), features=features)
+            split: Dataset.from_list(sorted(part, key=lambda row: stable_hash(row["sentence"])), features=features)
             for split, part in rows.items()
         }
     )

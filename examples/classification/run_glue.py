@@ -27,6 +27,7 @@ if there is one.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +35,13 @@ import datasets
 from embedded_model import EMBEDDED_MODEL
 from scoring import answers_of, majority_baseline, make_compute_metrics
 from text_data import DataSource, checkpoint_name, load_data, load_model, make_preprocess
-from trainer_setup import HubArguments, OutputArguments, parse_arguments, publish, save_training, start
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 import hf_swd  # makes --optim adams known to TrainingArguments
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+from trainer_setup import HubArguments, OutputArguments, finish, parse_arguments, save_training, start
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,9 @@ class ModelArguments(HubArguments):
         },
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if it is not the model's own."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a classification head of another size instead of stopping."}
+    )
 
 
 @dataclass
@@ -171,7 +178,7 @@ def main() -> None:
             "dataset_args": task_name,
             "dataset": f"GLUE {task_name.upper()}",
         }
-    publish(trainer, card)
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, EvalPrediction, SchedulerType, get_scheduler
 
 import hf_swd
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+from engine_in_use import engine_name
 
 
 logger = get_logger(__name__)
@@ -122,18 +127,6 @@ def parse_args() -> argparse.Namespace:
     if args.checkpointing_steps not in (None, "epoch") and not args.checkpointing_steps.isdecimal():
         parser.error(f'--checkpointing_steps {args.checkpointing_steps}: expected a number of steps or "epoch"')
     return args
-
-
-def engine_name(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> str:
-    """What trains in fact, read from the prepared model and not from the configuration."""
-    name = f"{accelerator.distributed_type.value}, {accelerator.num_processes} processes, {type(model).__name__}"
-    if hasattr(model, "zero_optimization_stage"):
-        name += f", ZeRO stage {model.zero_optimization_stage()}"
-    if accelerator.is_fsdp2:
-        name += f", FSDP version 2, mesh {tuple(next(model.parameters()).device_mesh.shape)}"
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return f"{name}, {type(optimizer).__name__}, mixed precision {accelerator.mixed_precision}"
 
 
 def main() -> None:

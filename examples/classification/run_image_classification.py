@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,6 @@ import torch
 from embedded_images import build_embedded_images
 from PIL import Image
 from scoring import answers_of, majority_baseline, make_compute_metrics, number_classes
-from trainer_setup import HubArguments, OutputArguments, parse_arguments, publish, save_training, start
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -57,6 +57,10 @@ from transformers import (
 )
 
 import hf_swd  # makes --optim adams known to TrainingArguments
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+from trainer_setup import HubArguments, OutputArguments, finish, parse_arguments, save_training, start
 
 
 logger = logging.getLogger(__name__)
@@ -91,6 +95,9 @@ class ModelArguments(HubArguments):
     )
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Image processor, if it is not the model's own."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a classification head of another size instead of stopping."}
     )
 
     def __post_init__(self) -> None:
@@ -497,7 +504,7 @@ def main() -> None:
         card["dataset"] = "handwritten digits of scikit-learn"
     elif data_args.dataset_name is not None:
         card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
-    publish(trainer, card)
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import clm_task
 import pytest
 import task
 import torch
+from safetensors.torch import load_file
 from test_accelerate import same_on_all_ranks
 
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+tiny_llama, text_file = clm_task.tiny_llama, clm_task.text_file
 
 
 @dataclass
@@ -70,8 +73,8 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def _launch(machines: Machines, processes: int, engines: list[str], folder: Path) -> None:
-    """Start the launcher of each machine, wait for both."""
+def _launch(machines: Machines, processes: int, script: list[str], folder: Path) -> list[str]:
+    """Start the launcher of each machine, wait for both; what they wrote."""
     paths = [str(HERE / "cpu_shim"), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
     port = _free_port()
     launchers, logs = [], []
@@ -80,7 +83,7 @@ def _launch(machines: Machines, processes: int, engines: list[str], folder: Path
         command += ["--config_file", str(ROOT / "examples" / "configs" / "multi_node.yaml"), "--mixed_precision", "no"]
         command += ["--num_machines", "2", "--machine_rank", str(rank), "--num_processes", str(processes)]
         command += ["--main_process_ip", machines.address, "--main_process_port", str(port)]
-        command += [str(HERE / "multi_node_main.py"), str(folder), *engines]
+        command += script
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -98,13 +101,15 @@ def _launch(machines: Machines, processes: int, engines: list[str], folder: Path
             if launcher.poll() is None:
                 launcher.terminate()
                 launcher.wait(timeout=60)
-    assert codes == [0, 0], "\n".join(log.read_text(errors="replace")[-4000:] for log in logs)
+    outputs = [log.read_text(errors="replace") for log in logs]
+    assert codes == [0, 0], "\n".join(output[-4000:] for output in outputs)
+    return outputs
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_machines_repeat_the_reference(machines, processes, tmp_path):
     engines = ["ddp", "fsdp2", "zero2", "zero3"]
-    _launch(machines, processes, engines, tmp_path)
+    _launch(machines, processes, [str(HERE / "multi_node_main.py"), str(tmp_path), *engines], tmp_path)
     for engine in engines:
         answers = [torch.load(tmp_path / f"{engine}.{rank}.pt") for rank in range(processes)]
         nodes = [answer["node"] for answer in answers]
@@ -117,3 +122,19 @@ def test_two_machines_repeat_the_reference(machines, processes, tmp_path):
         distance = task.distance(weights, task.reference().weights)
         print(f"{engine}: distance {distance:.2g}")
         assert distance < 1e-4
+
+
+@pytest.mark.slow
+def test_language_model_on_two_machines_is_that_of_one_process(machines, tiny_llama, text_file, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="needs the extra: examples")
+    settings = clm_task.settings(tiny_llama, text_file, tmp_path / "out", per_device_train_batch_size=8)
+    arguments = [str(part) for item in settings.items() for part in (f"--{item[0]}", item[1])]
+    outputs = _launch(machines, 2, [str(ROOT / "examples" / "language_modeling" / "run_clm.py"), *arguments], tmp_path)
+    assert any("Engine = MULTI_GPU, 2 processes, DistributedDataParallel, AdamS" in output for output in outputs)
+    reference = clm_task.run_here(clm_task.settings(tiny_llama, text_file, tmp_path / "one"), monkeypatch)
+    for entry, expected in zip(clm_task.history(tmp_path / "out"), reference, strict=True):
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert entry["swd/weight_decay"] == pytest.approx(expected["swd/weight_decay"], rel=1e-4)
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
+    for key, weight in expected.items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4, msg=key)

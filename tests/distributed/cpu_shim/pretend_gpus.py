@@ -17,3 +17,9 @@ def install() -> None:
     from accelerate.utils import DistributedType
 
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        import transformers.utils
+    except ImportError:
+        return
+    # TrainingArguments(bf16=True) asks, unless it was imported before.
+    transformers.utils.is_torch_bf16_gpu_available = lambda: True

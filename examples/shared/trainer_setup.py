@@ -28,9 +28,6 @@ class HubArguments:
     token: str | None = field(
         default=None, metadata={"help": "Access token of the Hub; by default the one stored by `hf auth login`."}
     )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a classification head of another size instead of stopping."}
-    )
 
     @property
     def hub(self) -> dict[str, str | None]:
@@ -115,9 +112,10 @@ def save_training(trainer: hf_swd.SWDTrainer, result: TrainOutput, num_samples: 
     trainer.save_state()
 
 
-def publish(trainer: hf_swd.SWDTrainer, card: dict[str, Any]) -> None:
-    """Writes the model card; to the Hub with the model under --push_to_hub."""
+def finish(trainer: hf_swd.SWDTrainer, card: dict[str, Any]) -> None:
+    """Writes the model card, to the Hub with the model under --push_to_hub; then the processes part."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
+    trainer.accelerator.end_training()  # without it, a process may abort at its exit
