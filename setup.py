@@ -48,6 +48,8 @@ extras["test-core"] = [
 extras["test"] = [
     *extras["test-core"],
     "torchao>=0.14",
+    "bitsandbytes>=0.49",
+    "schedulefree>=1.4",
     "trl>=0.25",
     "peft>=0.17",
     "optuna>=4.0",

@@ -347,7 +347,7 @@ for number in range(len(races) * repetitions):
             print(races[number // repetitions], "hangs", flush=True)
             break
 """
-OF_OTHERS = ("real_accelerator", "torchao", "register_constant() on Enum", "opaque value type")
+OF_OTHERS = ("real_accelerator", "torchao", "register_constant() on Enum", "opaque value type", "kernels-community")
 OURS = ["from hf_swd.trainer import SWDTrainer", "from hf_swd import SWDCallback", "import hf_swd; hf_swd.register()"]
 
 
@@ -365,7 +365,7 @@ def test_threads_import_transformers_and_hf_swd_at_the_same_time(prepare):
         races += [(theirs, ours, "transformers.trainer_callback"), (ours, theirs, "hf_swd.trainer")]
         races += [(ours, theirs, "transformers.trainer_callback"), (ours, theirs, "transformers.trainer_optimizer")]
     output = run_python(RACE, json.dumps([prepare, races, 1]))
-    # Other packages that are installed may have something to say, as DeepSpeed and torchao do.
+    # Other packages that are installed may have something to say, as DeepSpeed, torchao and bitsandbytes do.
     assert [line for line in output.splitlines() if not any(name in line for name in OF_OTHERS)] == []
 
 
