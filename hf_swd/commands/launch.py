@@ -1,4 +1,4 @@
-"""The command line, `hf-swd` or `python -m hf_swd`: `run` a script with `optim="adams"`, `plot` what it logged.
+"""The command line, `hf-swd` or `python -m hf_swd`: `run` a script with `optim="adams"`, `plot` its log, or `advise`.
 
 `run` executes the script in this process, as the `__main__` module, so that a distributed launcher can start it:
 
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv[1:]`): the arguments after the program's name.
 
     Returns:
-        `int`: exit code: 0 for success, 1 if there was nothing to plot, 2 if the command line names something that
-        is not there. Whatever the script of `run` raises, `SystemExit` included, is raised.
+        `int`: exit code: 0 for success, 1 if there was nothing to read, 2 if the command line names something that is
+        not there. Whatever the script of `run` raises, `SystemExit` included, is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, run_parser = _parsers()
@@ -55,14 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_parser.error(f"unknown option {target[0]!r}; options of the script go after SCRIPT")
         return _run(target[0], target[1:], module)
     args = parser.parse_args(argv)
-    from .plot import plot_runs
-
     try:
-        print(plot_runs(args.output_dirs, args.output))
+        if args.command == "plot":
+            from .plot import plot_runs
+
+            print(plot_runs(args.output_dirs, args.output))
+        else:
+            _advise(args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"hf-swd plot: {error}", file=sys.stderr)
+        print(f"hf-swd {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _advise(args: argparse.Namespace) -> None:
+    from .advise import Settings, advise, draw_advice
+
+    settings = Settings(args.weight_decay, args.reference_steps, args.num_parameters)
+    advice = [advise(output_dir, settings) for output_dir in args.output_dirs]
+    print("\n\n".join("\n".join(one.lines) for one in advice))
+    if args.plot is not None:
+        print(draw_advice(advice, args.plot))
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -72,7 +85,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         prog="hf-swd", description="Scheduled Weight Decay for Hugging Face Transformers."
     )
     parser.add_argument("--version", action="version", version=f"hf-swd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,plot}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,plot,advise}")
     run = commands.add_parser(
         "run",
         usage="hf-swd run SCRIPT [ARGS...]\n       hf-swd run -m MODULE [ARGS...]",
@@ -86,9 +99,28 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         description="Draws loss, gradient norm and effective weight decay over optimizer steps, several runs "
         "overlaid, from the trainer_state.json of each OUTPUT_DIR or of its last checkpoint. Needs matplotlib.",
     )
-    plot.add_argument(
-        "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a trainer_state.json"
+    advise = commands.add_parser(
+        "advise",
+        help="say of a finished run whether weight decay and its schedule matter, and what to set",
+        description="Says of each OUTPUT_DIR, with AdamW or AdamS: by how much weight decay shrank the weights, how "
+        "many steps were clipped, how the effective decay of AdamS would have moved, and what to set.",
     )
+    for command in (plot, advise):
+        command.add_argument(
+            "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a trainer_state.json"
+        )
+    advise.add_argument("--weight_decay", type=_at_least_zero(float), help="simulate this one (default: the run's)")
+    advise.add_argument(
+        "--reference_steps",
+        type=_at_least_zero(int),
+        help="simulate this one; 0 is the paper's schedule (default: AdamS's own; for others the warm-up, or 100)",
+    )
+    advise.add_argument(
+        "--num_parameters",
+        type=_at_least_zero(int),
+        help="trained scalars, for reference_steps=0 (default: those of the saved weights)",
+    )
+    advise.add_argument("--plot", metavar="FILE", help="draw norms and decays; needs matplotlib")
     plot.add_argument(
         "-o",
         "--output",
@@ -97,6 +129,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "(default: swd_plot.png in the first OUTPUT_DIR)",
     )
     return parser, run
+
+
+def _at_least_zero(number: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = number(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0")
+        return value
+
+    return parse
 
 
 def _run(target: str, arguments: list[str], is_module: bool) -> int:
