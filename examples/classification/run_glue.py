@@ -20,8 +20,8 @@ Files (columns `label` and `sentence`, or `sentence1` and `sentence2`; a label o
         --model_name_or_path google-bert/bert-base-cased --do_train --do_eval --optim adams --output_dir outputs/files
 
 All arguments from a file: `python examples/classification/run_glue.py arguments.yaml` (or .json). Several processes:
-`accelerate launch examples/classification/run_glue.py ...`. Training goes on from the last checkpoint in --output_dir
-if there is one.
+`accelerate launch examples/classification/run_glue.py ...`. Training goes on from the last complete checkpoint in
+--output_dir if there is one.
 """
 
 from __future__ import annotations

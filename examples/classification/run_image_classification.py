@@ -23,7 +23,7 @@ Folders (one subfolder of images for each class, or images and a metadata.csv):
 
 All arguments from a file: `python examples/classification/run_image_classification.py arguments.yaml` (or .json).
 Several processes: `accelerate launch examples/classification/run_image_classification.py ...`. Training goes on from
-the last checkpoint in --output_dir if there is one.
+the last complete checkpoint in --output_dir if there is one.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ A data set from the Hub:
 
 All arguments from a file: `python examples/language_modeling/run_clm.py arguments.yaml` (or .json). Several processes:
 `accelerate launch --config_file examples/configs/fsdp2.yaml examples/language_modeling/run_clm.py ...`. Training goes
-on from the last checkpoint in --output_dir if there is one.
+on from the last complete checkpoint in --output_dir if there is one.
 """
 
 from __future__ import annotations

@@ -6,12 +6,15 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from accelerate.utils import broadcast_object_list
+from checkpoint_integrity import last_complete
 from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 import hf_swd
 
@@ -78,22 +81,38 @@ def start(training_args: TrainingArguments, overwrite: bool, script: logging.Log
 
 
 def find_checkpoint(training_args: TrainingArguments, overwrite: bool) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last one in the output folder, else None."""
+    """The checkpoint to go on from: the one asked for, else the last complete one in the output folder, else None."""
     asked = training_args.resume_from_checkpoint
     if asked is not None and str(asked).lower() not in ("true", "last"):
         return asked
     folder = training_args.output_dir
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) and (asked or not overwrite) else None
+    # One process looks for all: the others might find another one complete, or files that one of them writes by then.
+    found = [_look_for_checkpoint(folder, asked or not overwrite) if training_args.process_index == 0 else None]
+    last, is_empty = broadcast_object_list(found)[0]
     if last is not None:
         logger.warning(f"Going on from {last}; --overwrite_output_dir starts from the beginning.")
     elif asked is not None:
-        raise ValueError(f"resume_from_checkpoint={asked!r}, but there is no checkpoint in output_dir={folder!r}.")
-    elif os.path.isdir(folder) and os.listdir(folder) and not overwrite:
         raise ValueError(
-            f"output_dir={folder!r} is not empty and holds no checkpoint; choose another one or add "
+            f"resume_from_checkpoint={asked!r}, but there is no complete checkpoint in output_dir={folder!r}."
+        )
+    elif not is_empty and not overwrite:
+        raise ValueError(
+            f"output_dir={folder!r} is not empty and holds no complete checkpoint; choose another one or add "
             "--overwrite_output_dir."
         )
     return last
+
+
+def _look_for_checkpoint(folder: str, wanted: bool) -> tuple[str | None, bool]:
+    """The last complete checkpoint, if it is wanted and there is one; and whether the folder is empty or missing."""
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return None, True
+    if not wanted:
+        return None, False
+    last, faults = last_complete(Path(folder))
+    for checkpoint, fault in faults.items():
+        logger.warning(f"Not going on from {checkpoint}, which is incomplete: {fault}.")
+    return last and str(last), False
 
 
 def save_model(trainer: hf_swd.SWDTrainer) -> None:

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,9 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     Draws loss (training and evaluation), gradient norm and effective weight decay of runs, and saves the picture.
 
     A run without scheduled weight decay has its constant decay drawn if its `training_args.bin` is there and names an
-    optimizer with decoupled decay; the legend says so. Axes are logarithmic where values span more than a decade. No
-    display is needed.
+    optimizer with decoupled decay; the legend says so. Where values are NaN or infinite, a line along the upper edge
+    begins with a cross, and the legend names the first step. Axes are logarithmic where values span more than a
+    decade. No display is needed.
 
     Args:
         output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of
@@ -125,7 +127,7 @@ def _read(path: Path) -> _Run:
     try:
         state = json.loads(path.read_bytes())
         log = [entry for entry in state["log_history"] if isinstance(entry["step"], (int, float))]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
         raise ValueError(f"{path}: not a trainer state in JSON with log_history and steps in it ({error!r})") from None
     folders = (path.parent, path.parent.parent) if path.parent.name.startswith("checkpoint-") else (path.parent,)
     run = _Run(path, log, _constant_decay(folders))
@@ -234,10 +236,12 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
         if points:
             few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
             axes.plot(*zip(*points, strict=True), **_style(index), **few, label=run.name)
+        _mark_not_finite(axes, points, index)
         evaluations = run.logged("eval_loss") if key == "loss" else []
         if evaluations:
             style = {**_style(index), "marker": marker, **_EVALUATION}
             axes.plot(*zip(*evaluations, strict=True), **style, label=f"{run.name} (evaluation)")
+            _mark_not_finite(axes, evaluations, index)
         values += [value for _, value in points + evaluations]
     if key == "loss" and any(run.logged("eval_loss") for run in runs):
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
@@ -247,9 +251,28 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if not values:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="0.4")
-        axes.set(xticks=[], yticks=[])
+    if not any(map(math.isfinite, values)):
+        words = "NaN or infinite at all steps" if values else "not logged"
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.4")
+        axes.set_yticks([])
+        if not values:
+            axes.set_xticks([])
+
+
+def _mark_not_finite(axes: Axes, points: Sequence[tuple[float, float]], index: int) -> None:
+    """A line along the upper edge over each stretch of points that no curve can show, with a cross where it begins."""
+    for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+        if not is_finite:
+            steps = [step for step, _ in stretch]
+            axes.plot(
+                steps,
+                [1.0] * len(steps),
+                **_style(index),
+                marker="x",
+                markevery=[0],
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+            )
 
 
 def _set_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -285,6 +308,10 @@ def _label(run: _Run) -> str:
         notes.append(
             f"constant weight_decay={run.constant_decay:g} of its arguments" if known else "weight decay not known"
         )
+    points = [point for key in (*_PANELS, "eval_loss") for point in run.logged(key) if not math.isfinite(point[1])]
+    if points:
+        step, value = min(points, key=lambda point: point[0])
+        notes.append(f"first {'NaN' if math.isnan(value) else 'infinity'} at step {step:g}")
     label = f"{run.name} ({', '.join(notes)})" if notes else run.name
     if len(label) > _LEGEND_CHARACTERS:
         half = _LEGEND_CHARACTERS // 2

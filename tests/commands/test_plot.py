@@ -157,6 +157,46 @@ def test_what_a_run_did_not_log_is_said(tmp_path, figures):
     assert [text.get_text() for text in figures[0].axes[1].texts] == ["not logged"]
 
 
+def marks(axes):
+    """Steps of the lines along the upper edge of a panel: one list for each stretch without a curve."""
+    return [
+        line.get_xdata().tolist()
+        for line in axes.lines
+        if line.get_marker() == "x" and set(line.get_ydata()) == {1.0} and line.get_transform() != axes.transData
+    ]
+
+
+def test_nan_and_infinity_are_marked_and_named(tmp_path, figures):
+    norms = [1.0, 2.0, math.nan, 3.0, math.inf, math.nan]
+    log = [{"step": step, "loss": 1.0, "grad_norm": norm} for step, norm in enumerate(norms, start=1)]
+    log += [{"step": 6, "eval_loss": math.nan}]
+    plot_runs([write_state(tmp_path / "nan", log), write_state(tmp_path / "inf", log_of([5.0, math.inf, 5.0]))])
+
+    loss, norm, decay = figures[0].axes
+    assert (marks(loss), marks(norm), marks(decay)) == ([[6], [2]], [[3], [5, 6]], [])
+    assert legend(figures[0]) == [
+        "nan (weight decay not known, first NaN at step 3)",
+        "inf (no gradient norm logged, weight decay not known, first infinity at step 2)",
+    ]
+    assert [text.get_text() for text in loss.texts + norm.texts] == []
+
+
+def test_axis_reaches_as_far_as_a_run_that_went_nan(tmp_path, figures):
+    plot_runs([write_state(tmp_path, log_of([1.0] * 5 + [math.nan] * 15))])
+    assert marks(figures[0].axes[0]) == [list(range(6, 21))]
+    assert figures[0].axes[0].get_xlim()[1] > 20
+
+
+def test_panel_without_a_finite_value_says_so(tmp_path, figures):
+    log = [{"step": step, "loss": 1.0, "swd/weight_decay": math.nan} for step in (1, 2)]
+    plot_runs([write_state(tmp_path, log)])
+    assert [[text.get_text() for text in axes.texts] for axes in figures[0].axes] == [
+        [],
+        ["not logged"],
+        ["NaN or infinite at all steps"],
+    ]
+
+
 class _Malicious:
     def __reduce__(self):
         return exec, ("raise SystemExit('code of the file was run')",)
@@ -209,6 +249,7 @@ def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch, 
         ),
         pytest.param('{"log_history": [{"st', ["not a trainer state in JSON", "JSONDecodeError"], id="truncated"),
         pytest.param("[1, 2]", ["not a trainer state in JSON"], id="other-json"),
+        pytest.param('{"log_history": ' + "[" * 200_000, ["not a trainer state in JSON", "Recursion"], id="deep"),
         pytest.param('{"log_history": [{"loss": 1.0}]}', ["not a trainer state in JSON", "step"], id="no-step"),
     ],
 )

@@ -310,9 +310,12 @@ def test_output_folder_that_holds_something_else_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is not empty.*--overwrite_output_dir"):
         trainer_setup.find_checkpoint(arguments(), overwrite=False)
     assert trainer_setup.find_checkpoint(arguments(), overwrite=True) is None
-    with pytest.raises(ValueError, match="resume_from_checkpoint='last'.*no checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint='last'.*no complete checkpoint"):
         trainer_setup.find_checkpoint(arguments(resume_from_checkpoint="last"), overwrite=False)
     assert trainer_setup.find_checkpoint(arguments(resume_from_checkpoint="elsewhere"), overwrite=False) == "elsewhere"
     (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        trainer_setup.find_checkpoint(arguments(), overwrite=False)
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
     assert trainer_setup.find_checkpoint(arguments(), overwrite=False) == str(tmp_path / "checkpoint-7")
     assert trainer_setup.find_checkpoint(arguments(), overwrite=True) is None

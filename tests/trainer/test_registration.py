@@ -44,6 +44,10 @@ def test_adams_is_a_member_like_the_others():
     adams = OptimizerNames("adams")
     assert adams is OptimizerNames.ADAMS is OptimizerNames["ADAMS"]
     assert isinstance(adams, OptimizerNames) and (adams.name, adams.value, adams) == ("ADAMS", "adams", "adams")
+    # In a model card, for one; how a member is formatted depends on the version of Python.
+    assert f"{adams}, {adams!s}" == f"{OptimizerNames.SGD}, {OptimizerNames.SGD!s}".replace("sgd", "adams").replace(
+        "SGD", "ADAMS"
+    )
     assert list(OptimizerNames)[-1] is adams and len(OptimizerNames) == len(set(OptimizerNames))
     assert copy.deepcopy(adams) is adams and copy.copy(adams) is adams
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
