@@ -60,7 +60,9 @@ class Clipping:
         if max_norm < math.inf and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             if not unclipped:
-                measured = replace(measured, squares=measured.squares * factor.to(measured.squares) ** 2)
+                squares = measured.squares * factor.to(measured.squares) ** 2
+                # A square that overflowed: what clipping leaves of such gradients is 0.
+                measured = replace(measured, squares=torch.where(norm == math.inf, 0.0, squares))
             if not defer:
                 scale_(grads, factor)
         self._last = _Clipped(grads, measured, factor if defer else None) if grads else None

@@ -110,10 +110,30 @@ def test_infinity_in_a_gradient(is_used, clip):
 
     everything = sum(p.numel() for p in params)
     assert all(decay > 0 for decay in decays[:2]) and not_a_number[:2] == [0, 0]
-    if clip is not None:  # infinity times zero
-        assert all(map(math.isnan, decays[2:])) and not_a_number[2:] == [everything] * 3
-    elif is_used:
-        assert decays[2] == 0 and all(map(math.isnan, decays[3:]))
-        assert not_a_number[2:] == [1, everything, everything]
-    else:
-        assert decays[2:] == [0, 0, 0] and not_a_number[2:] == [1, 1, 1]
+    assert not_a_number[2:] == ([1, everything, everything] if is_used else [1, 1, 1])
+    if is_used:
+        assert all(map(math.isnan, decays[3:]))
+    assert (decays[2] == 0) == (clip is None)
+    if not is_used:
+        assert decays[3:] == [0, 0] if clip is None else all(0 < decay < math.inf for decay in decays[3:])
+
+
+@pytest.mark.parametrize("defer", [False, True], ids=["clipped-at-once", "deferred"])
+@pytest.mark.parametrize("spike", [2e19, 1e20, 3e38])
+def test_clipped_spike_whose_square_overflows_is_a_step_without_a_gradient(spike, defer):
+    """As with torch's clipping and AdamW: the norm is infinite, so that everything is multiplied by zero."""
+    run, adamw = Run(), Run(torch.optim.AdamW)
+    usual = run.steps(100)
+    adamw.steps(100)
+    for each in (run, adamw):
+        for p in each.params:
+            p.grad = torch.ones_like(p)
+        each.params[0].grad[0, 0] = spike
+    assert run.optimizer.clip_grad_norm_(1.0, defer=defer) == math.inf
+    torch.nn.utils.clip_grad_norm_(adamw.params, 1.0)
+    run.optimizer.step()
+    adamw.optimizer.step()
+    assert run.decay == pytest.approx(usual, rel=0.1)
+    for p, q in zip(run.params, adamw.params, strict=True):
+        assert p.isfinite().all()
+        assert torch.equal(run.optimizer.state[p]["exp_avg"], adamw.optimizer.state[q]["exp_avg"])
