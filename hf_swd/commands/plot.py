@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .run_log import find_state, read_arguments, read_history, read_number, run_folders
 
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_STATE = "trainer_state.json"
 # Title and label of the value axis. What the loss is, and so its unit, is not in the log.
 _PANELS = {
     "loss": ("loss", "loss (cross-entropy: nats)"),
@@ -83,7 +81,7 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     paths = [Path(path) for path in output_dirs]
     if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    folders = {_find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
+    folders = {find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
     runs = [_read(state) for state in folders]
     for run, name in zip(runs, _short_names(list(folders.values())), strict=True):
         run.name = name
@@ -102,35 +100,9 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
 # Reading
 
 
-def _find_state(path: Path) -> Path:
-    if path.is_file():
-        return path.resolve()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {_STATE}"
-        )
-    checkpoints = [
-        (int(match[1]), folder)
-        for folder in path.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
-    ]
-    for folder in (path, *(folder for _, folder in sorted(checkpoints, reverse=True))):
-        if (folder / _STATE).is_file():
-            return (folder / _STATE).resolve()
-    raise FileNotFoundError(
-        f"{path}: found neither {_STATE} nor checkpoint-N/{_STATE}. A Trainer writes it with each checkpoint "
-        "(save_strategy) and in trainer.save_state()."
-    )
-
-
 def _read(path: Path) -> _Run:
-    try:
-        state = json.loads(path.read_bytes())
-        log = [entry for entry in state["log_history"] if isinstance(entry["step"], (int, float))]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
-        raise ValueError(f"{path}: not a trainer state in JSON with log_history and steps in it ({error!r})") from None
-    folders = (path.parent, path.parent.parent) if path.parent.name.startswith("checkpoint-") else (path.parent,)
-    run = _Run(path, log, _constant_decay(folders))
+    log = read_history(path)
+    run = _Run(path, log, _constant_decay(run_folders(path)))
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
             f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train "
@@ -139,51 +111,11 @@ def _read(path: Path) -> _Run:
     return run
 
 
-class _Unknown(dict[Any, Any]):
-    """Stands for every object in a pickle: its contents are kept, and nothing is imported or called."""
-
-    def __init__(self, *args: Any):
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.update(state)
-
-    def append(self, item: Any) -> None: ...
-
-    def extend(self, items: Any) -> None: ...
-
-    def add(self, item: Any) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
-        return type(name, (_Unknown,), {})
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
-
-
-def _constant_decay(folders: Sequence[Path]) -> float | None:
-    """
-    `weight_decay` in `training_args.bin`, if the optimizer named there decouples it from the gradient and keeps it
-    constant.
-
-    Read with stand-ins instead of the classes, which needs no transformers and runs no code of a file that may come
-    from others.
-    """
-    for folder in folders:
-        try:
-            with zipfile.ZipFile(folder / "training_args.bin") as archive:
-                member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                with archive.open(member) as file:
-                    arguments = _Unpickler(file).load()
-            optim = arguments["optim"].args[-1].lower()  # a member of an Enum: pickled by value or by name
-            if "adamw" in optim or "lion" in optim:
-                return float(arguments["weight_decay"])
-        except Exception:  # absent, damaged, or of another format: then it is not known
-            continue
-    return None
+def _constant_decay(folders: Iterable[Path]) -> float | None:
+    """`weight_decay` of the arguments, if the optimizer there decouples it from the gradient and keeps it constant."""
+    arguments = read_arguments(folders)
+    is_constant = any(part in arguments.get("optim", "") for part in ("adamw", "lion"))
+    return read_number(arguments, "weight_decay") if is_constant else None
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

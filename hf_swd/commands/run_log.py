@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -11,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plot import _find_state, _Unpickler
 
-
+STATE = "trainer_state.json"
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -66,8 +67,8 @@ def read_training_log(output_dir: Path) -> TrainingLog:
         FileNotFoundError: no `trainer_state.json`.
         ValueError: it is none, or has fewer than two logs with gradient norm and learning rate.
     """
-    state = _find_state(output_dir)
-    folders = [state.parent, state.parent.parent] if state.parent.name.startswith("checkpoint-") else [state.parent]
+    state = find_state(output_dir)
+    folders = run_folders(state)
     entries = _entries(state)
     finite = [entry for entry in entries if all(map(math.isfinite, _numbers(entry))) and entry["grad_norm"] > 0]
     broken = [entry["step"] for entry in entries if not all(map(math.isfinite, _numbers(entry)))]
@@ -79,7 +80,7 @@ def read_training_log(output_dir: Path) -> TrainingLog:
     arguments = read_arguments(folders)
     scheduled = all("swd/weight_decay" in entry for entry in finite)
     optim_args = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
-    warmup = _number(arguments, "warmup_steps") or _number(arguments, "warmup_ratio") or 0.0
+    warmup = read_number(arguments, "warmup_steps") or read_number(arguments, "warmup_ratio") or 0.0
     last_step = entries[-1]["step"]
     return TrainingLog(
         path=folders[-1],
@@ -91,12 +92,59 @@ def read_training_log(output_dir: Path) -> TrainingLog:
         broken_from=next(iter(broken), None),
         optim="adams" if scheduled and not arguments else str(arguments.get("optim", "")),
         optim_args={key: value for key, equals, value in optim_args if equals},
-        weight_decay=_number(arguments, "weight_decay"),
-        max_grad_norm=_number(arguments, "max_grad_norm"),
-        beta2=_number(arguments, "adam_beta2") or 0.999,
+        weight_decay=read_number(arguments, "weight_decay"),
+        max_grad_norm=read_number(arguments, "max_grad_norm"),
+        beta2=read_number(arguments, "adam_beta2") or 0.999,
         warmup_steps=math.ceil(warmup * last_step) if warmup < 1 else int(warmup),
         num_parameters=count_saved_parameters(folders),
     )
+
+
+def find_state(path: Path) -> Path:
+    """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return path.resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {STATE}"
+        )
+    checkpoints = [
+        (int(match[1]), folder)
+        for folder in path.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
+    ]
+    for folder in (path, *(folder for _, folder in sorted(checkpoints, reverse=True))):
+        if (folder / STATE).is_file():
+            return (folder / STATE).resolve()
+    raise FileNotFoundError(
+        f"{path}: found neither {STATE} nor checkpoint-N/{STATE}. A Trainer writes it with each checkpoint "
+        "(save_strategy) and in trainer.save_state()."
+    )
+
+
+def run_folders(state: Path) -> list[Path]:
+    """The folder of a `trainer_state.json`, and if that is a checkpoint, then the one that it is in."""
+    folder = state.parent
+    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
+def read_history(state: Path) -> list[dict[str, Any]]:
+    """The entries of a `trainer_state.json` that have a step.
+
+    Raises:
+        ValueError: it is no trainer state.
+    """
+    try:
+        history = json.loads(state.read_bytes())["log_history"]
+        return [entry for entry in history if isinstance(entry["step"], (int, float))]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
+        raise ValueError(
+            f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r})"
+        ) from None
 
 
 def read_arguments(folders: Iterable[Path]) -> dict[str, Any]:
@@ -143,17 +191,11 @@ def _count(file: Path) -> int:
 
 def _entries(state: Path) -> list[dict[str, Any]]:
     """Logs of training steps, with `step` a whole number that grows."""
-    try:
-        history = json.loads(state.read_bytes())["log_history"]
-        entries = [entry for entry in history if _is_number(entry["step"]) and all(map(_is_number, _numbers(entry)))]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r})"
-        ) from None
     result: list[dict[str, Any]] = []
-    for entry in entries:
-        if entry["step"] >= 1 and (not result or entry["step"] > result[-1]["step"]):
-            result.append({**entry, "step": int(entry["step"])})
+    for entry in read_history(state):
+        step = int(entry["step"]) if math.isfinite(entry["step"]) else 0
+        if all(map(_is_number, _numbers(entry))) and step > (result[-1]["step"] if result else 0):
+            result.append({**entry, "step": step})
     return result
 
 
@@ -166,9 +208,35 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _number(arguments: dict[str, Any], key: str) -> float | None:
+def read_number(arguments: dict[str, Any], key: str) -> float | None:
+    """A finite number among arguments; `None` for anything else."""
     value = arguments.get(key)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+class _Unknown(dict[Any, Any]):
+    """Stands for every object in a pickle: its contents are kept, and nothing is imported or called."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+    def add(self, item: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        return type(name, (_Unknown,), {})
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
 
 
 def _read_pickled(folder: Path) -> dict[str, Any]:
