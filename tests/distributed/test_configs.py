@@ -96,34 +96,41 @@ def test_config_trains_under_its_engine(config, tiny_bert, tables, tmp_path):
 
 
 LORA = {"lora_r": 4, "lora_target_modules": "all-linear"}
+BASES = {"base=lion_8bit": "Lion", "base=adamw_torch_8bit": "AdamW8bit", "base=adamw_torch": "AdamW"}
 
 
-def language_model(config: str, slow: bool = True, lora: bool = False, resumed: bool = False):
-    id = config + "-lora" * lora + "-resumed" * resumed
-    return pytest.param(config, LORA if lora else {}, resumed, id=id, marks=[pytest.mark.slow] if slow else [])
+def language_model(config: str, slow: bool = True, lora: bool = False, resumed: bool = False, base: str = ""):
+    id = config + "-lora" * lora + base.replace("base=", "-") + "-resumed" * resumed
+    changes = LORA if lora else {"optim_args": base} if base else {}
+    return pytest.param(config, changes, resumed, id=id, marks=[pytest.mark.slow] if slow else [])
 
 
 @pytest.mark.parametrize(
-    ("config", "lora", "resumed"),
+    ("config", "changes", "resumed"),
     [
         *(language_model(config, slow=config not in ("fsdp2", "zero3")) for config in ENGINES),
         *(language_model(config) for config in JSON_ENGINES),
         *(language_model(config, resumed=True) for config in ("fsdp2", "zero2", "zero3")),
         *(language_model(config, lora=True, resumed=True) for config in ("ddp", "fsdp2", "zero2", "zero3")),
+        language_model("ddp", base="base=lion_8bit", resumed=True),
+        language_model("ddp", base="base=adamw_torch_8bit", resumed=True),
+        *(language_model(config, base="base=adamw_torch", resumed=True) for config in ("fsdp2", "zero2", "zero3")),
     ],
 )
-def test_config_trains_the_language_model(config, lora, resumed, tiny_llama, text_file, tmp_path, monkeypatch):
+def test_config_trains_the_language_model(config, changes, resumed, tiny_llama, text_file, tmp_path, monkeypatch):
     """The log is that of one process, and a run that is interrupted and called again ends with the same weights."""
     engine = {**ENGINES, **JSON_ENGINES}[config]
-    settings = clm_task.settings(tiny_llama, text_file, tmp_path / "out", **lora)
+    settings = clm_task.settings(tiny_llama, text_file, tmp_path / "out", **changes)
+    lora = "lora_r" in changes
     settings["per_device_train_batch_size"] //= int(engine.split()[1])
     if "zero" in config:
         settings["bf16"] = True  # a Trainer has DeepSpeed do what its own arguments say
     output = launch(config, "language_modeling/run_clm", settings, tmp_path)
     engine = engine.format(model="PeftModelForCausalLM" if lora else "LlamaForCausalLM")
+    engine = engine.replace("AdamS", BASES.get(changes.get("optim_args"), "AdamS"))
     assert f"Engine = {engine}, mixed precision bf16" in output
     logs = clm_task.history(tmp_path / "out")
-    reference = clm_task.run_here(clm_task.settings(tiny_llama, text_file, tmp_path / "one", **lora), monkeypatch)
+    reference = clm_task.run_here(clm_task.settings(tiny_llama, text_file, tmp_path / "one", **changes), monkeypatch)
     assert len(logs) == len(reference) == 4
     for entry, expected in zip(logs, reference, strict=True):
         assert entry["loss"] == pytest.approx(expected["loss"], rel=0.01)
