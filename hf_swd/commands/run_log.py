@@ -75,7 +75,8 @@ def read_training_log(output_dir: Path) -> TrainingLog:
     if len(finite) < 2:
         raise ValueError(
             f"{state}: {len(finite)} of its logs have a grad_norm above 0 and a learning_rate, both finite, and 2 are "
-            "the least. Train with logging_steps below the number of optimizer steps (the Trainer's default is 500)"
+            "the least. Train with logging_steps below the number of optimizer steps (the Trainer's default is 500); "
+            "transformers before 5.3 logs grad_norm only with max_grad_norm above 0"
         )
     arguments = read_arguments(folders)
     scheduled = all("swd/weight_decay" in entry for entry in finite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from hf_utils import arguments, sentences, tiny_bert
@@ -16,6 +17,7 @@ from hf_swd.commands.launch import main
 
 
 STEPS = 24
+NO_CLIPPING = 1e9  # with 0, transformers before 5.3 logs no norm
 
 
 def train(folder, **changes):
@@ -35,11 +37,11 @@ def logs_of(folder):
 
 
 RUNS = {
-    "calibrated": {"optim_args": "reference_steps=5", "max_grad_norm": 0.0},
-    "paper": {"optim_args": None, "max_grad_norm": 0.0, "weight_decay": 5e-4},
+    "calibrated": {"optim_args": "reference_steps=5", "max_grad_norm": NO_CLIPPING},
+    "paper": {"optim_args": None, "max_grad_norm": NO_CLIPPING, "weight_decay": 5e-4},
     "clipped": {"optim_args": "reference_steps=5", "max_grad_norm": 0.4},
     "unclipped": {"optim_args": "reference_steps=5,unclipped_norm=true", "max_grad_norm": 0.4},
-    "faster": {"optim_args": "reference_steps=5", "max_grad_norm": 0.0, "adam_beta2": 0.9},
+    "faster": {"optim_args": "reference_steps=5", "max_grad_norm": NO_CLIPPING, "adam_beta2": 0.9},
 }
 
 
@@ -51,7 +53,7 @@ def test_simulation_of_a_run_that_logs_every_step_is_what_it_did(tmp_path, name)
 
 
 def test_decay_of_adams_is_told_from_the_run_of_adamw_beside_it(tmp_path):
-    same = {"max_grad_norm": 0.0, "learning_rate": 1e-4}
+    same = {"max_grad_norm": NO_CLIPPING, "learning_rate": 1e-4}
     adamw = train(tmp_path / "adamw", optim="adamw_torch_fused", optim_args=None, **same)
     adams = train(tmp_path / "adams", optim_args="reference_steps=5", **same)
     predicted = advise(adamw, Settings(reference_steps=5)).simulated
@@ -69,11 +71,12 @@ def test_logs_of_every_fifth_step_tell_a_gradient_that_changes_slowly():
 
 def test_shrinkage_is_the_sum_over_the_learning_rate_schedule(tmp_path):
     folder = train(tmp_path, optim="adamw_torch", optim_args=None, learning_rate=0.01)
-    # Linear to zero; the log shows the rate of the step that comes.
+    # Linear to zero. Versions of transformers differ by one step in the rate that they log.
     total = sum(0.01 * (1 - t / STEPS) * 0.2 for t in range(STEPS))
     log = advise(folder).log
     assert total_decay(log.steps, log.rates, [0.2] * STEPS) == pytest.approx(total, rel=0.05)
-    assert f"shrank the weights by {100 * (1 - math.exp(-total)):.2g}" in said(folder)
+    (shrank,) = re.findall(r"shrank the weights by ([\d.]+) %", said(folder))
+    assert float(shrank) == pytest.approx(100 * (1 - math.exp(-total)), rel=0.05)
 
 
 def test_saved_parameters_are_those_of_the_model(tmp_path):
