@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .forecast import effective_decays, total_decay
-from .plot import COLOURS
+from .plot import COLOURS, dress, require_matplotlib, save_figure
 from .run_log import TrainingLog, read_training_log
 
 
@@ -21,7 +21,6 @@ _MATTERS = 0.01  # of the weights, over the run
 _TARGET = 0.1  # of the weights, over the run: what a decay that matters is said to take
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
 _MOVES = 0.1  # relative change of the decay below which AdamS is AdamW
-_PAPER = 5e-4
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def advise(output_dir: str | os.PathLike[str], settings: Settings | None = None)
     if adams.weight_decay:
         simulated = adams.decays(clipped=False)
         lines += _movement(adams, simulated)
-    lines += _accuracy(log, adams)
+    lines += _accuracy(log, _Adams(log, Settings(num_parameters=settings.num_parameters)))
     lines += _recommendation(log, adams, simulated)
     return Advice(lines, log, simulated)
 
@@ -128,17 +127,17 @@ def _head(log: TrainingLog, adams: _Adams) -> str:
 
 
 def _shrinkage(log: TrainingLog) -> list[str]:
-    total = _total(log)
-    if total is None:
+    shrunk = _shrunk(log)
+    if shrunk is None:
         return [
             f"How much weight decay shrank the weights cannot be said: {log.optim or 'its optimizer'} is not known to "
             "have decoupled decay, or its weight_decay is not known (training_args.bin)."
         ]
-    if total == 0:
+    if shrunk == 0:
         return ["There was no weight decay: AdamW's usual values are 0.01 to 0.1."]
-    takes = (log.weight_decay or 0.0) * -math.log1p(-_TARGET) / total
-    shrank = f"Weight decay shrank the weights by {100 * -math.expm1(-total):.3g} % in all"
-    if -math.expm1(-total) < _MATTERS:
+    shrank = f"Weight decay shrank the weights by {100 * shrunk:.3g} % in all"
+    if shrunk < _MATTERS:
+        takes = (log.weight_decay or 0.0) * math.log1p(-_TARGET) / math.log1p(-shrunk)
         return [
             f"{shrank}: it did not matter, whatever the optimizer. {100 * _TARGET:.0f} % would take "
             f"weight_decay={takes:.2g}, or {takes / (log.weight_decay or 1):.0f} times the steps or the learning rate."
@@ -146,12 +145,12 @@ def _shrinkage(log: TrainingLog) -> list[str]:
     return [f"{shrank}: enough to matter."]
 
 
-def _total(log: TrainingLog) -> float | None:
-    if log.decays:
-        return total_decay(log.steps, log.rates, log.decays)
-    if log.weight_decay is None or not log.is_decoupled:
+def _shrunk(log: TrainingLog) -> float | None:
+    """By what part of themselves the weights shrank; `None` if it is not known."""
+    if not log.decays and (log.weight_decay is None or not log.is_decoupled):
         return None
-    return total_decay(log.steps, log.rates, [log.weight_decay] * len(log.steps))
+    decays = log.decays or [log.weight_decay or 0.0] * len(log.steps)
+    return -math.expm1(-total_decay(log.steps, log.rates, decays))
 
 
 def _clipped(log: TrainingLog) -> int:
@@ -194,6 +193,7 @@ def _movement(adams: _Adams, decays: Sequence[float]) -> list[str]:
 
 
 def _accuracy(log: TrainingLog, adams: _Adams) -> list[str]:
+    """How far the simulation of AdamS as it was in the run is from what the run logged."""
     if not log.decays or not adams.is_known:
         return []
     unclipped = log.optim_args.get("unclipped_norm", "false").lower() in ("true", "1", "yes")
@@ -216,8 +216,8 @@ def _recommendation(log: TrainingLog, adams: _Adams, simulated: Sequence[float])
     arguments = f"--optim adams --weight_decay {adams.weight_decay:g}"
     if options:
         arguments += f" --optim_args {','.join(options)}"
-    total = _total(log)
-    if total is not None and -math.expm1(-total) < _MATTERS:
+    shrunk = _shrunk(log)
+    if shrunk is not None and shrunk < _MATTERS:
         why = "costs nothing, and will change nothing: the decay is too weak here, with any optimizer"
     elif simulated and max(simulated) < (1 + _MOVES) * min(simulated):
         why = f"the decay would move by less than {100 * _MOVES:.0f} %: expect AdamW's result"
@@ -236,11 +236,9 @@ def draw_advice(advice: Sequence[Advice], output: str | os.PathLike[str]) -> Pat
         ImportError: matplotlib is not installed.
         ValueError: unknown image format.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ImportError(f'plotting needs matplotlib: pip install "hf-swd[plot]" ({error})') from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 3.5 + 0.19 * len(advice)), layout="constrained")
     norms, decays = figure.subplots(1, 2)
@@ -259,10 +257,7 @@ def draw_advice(advice: Sequence[Advice], output: str | os.PathLike[str]) -> Pat
     styles = [Line2D([], [], color="0.3", linestyle=style) for style in ("--", "-")]
     decays.legend(styles, ["in the run", "of AdamS, simulated"], frameon=False)
     for axes in (norms, decays):
-        axes.set_xlabel("optimizer step")
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes)
     lines = [Line2D([], [], color=COLOURS[index % len(COLOURS)]) for index in range(len(advice))]
     figure.legend(lines, [str(one.log.path) for one in advice], loc="outside lower center", frameon=False)
-    figure.savefig(output, dpi=200)
-    return Path(output)
+    return save_figure(figure, Path(output))

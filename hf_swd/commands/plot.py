@@ -87,14 +87,7 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
         run.name = name
     first = paths[0]
     target = (first if first.is_dir() else first.parent) / "swd_plot.png" if output is None else Path(output)
-    if not target.suffix:
-        raise ValueError(
-            f"output={str(target)!r}: expected a file name with the suffix of an image format, such as .png or .pdf"
-        )
-    figure = _draw(runs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=200)
-    return target
+    return save_figure(_draw(runs), target)
 
 
 # Reading
@@ -134,13 +127,45 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 # Drawing
 
 
-def _draw(runs: Sequence[_Run]) -> Figure:
+def require_matplotlib() -> None:
+    """Raises an `ImportError` that says what to install."""
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(f'plotting needs matplotlib: pip install "hf-swd[plot]" ({error})') from None
+
+
+def dress(axes: Axes) -> None:
+    """What all panels over optimizer steps look like."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, target: Path) -> Path:
+    """
+    Writes the picture, whose format is the suffix of its name.
+
+    Raises:
+        ValueError: no suffix, or an unknown image format.
+    """
+    if not target.suffix:
+        raise ValueError(
+            f"output={str(target)!r}: expected a file name with the suffix of an image format, such as .png or .pdf"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=200)
+    return target
+
+
+def _draw(runs: Sequence[_Run]) -> Figure:
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     labels = [_label(run) for run in runs]
     columns = max(1, min(len(runs), _LEGEND_CHARACTERS // (max(map(len, labels)) + 9)))
@@ -159,7 +184,6 @@ def _draw(runs: Sequence[_Run]) -> Figure:
 
 def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
 
     values: list[float] = []
     for index, run in enumerate(runs):
@@ -179,10 +203,7 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
         axes.legend(lines, ["training", "evaluation"], frameon=False)
     _set_scale(axes, values)
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes)
     if not any(map(math.isfinite, values)):
         words = "NaN or infinite at all steps" if values else "not logged"
         axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.4")

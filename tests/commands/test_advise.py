@@ -50,6 +50,7 @@ def test_simulation_of_a_run_that_logs_every_step_is_what_it_did(tmp_path, name)
     lines = said(train(tmp_path, **RUNS[name])).splitlines()
     (accuracy,) = [line for line in lines if line.startswith("This run logged its effective decay.")]
     assert float(accuracy.split()[-4]) < 0.01  # per cent, at most; norms in the log are float32
+    assert accuracy in said(tmp_path, Settings(weight_decay=3.0, reference_steps=2))  # of the run, whatever is asked
 
 
 def test_decay_of_adams_is_told_from_the_run_of_adamw_beside_it(tmp_path):
@@ -191,6 +192,8 @@ def test_command_line(tmp_path, capsys):
     assert output.count("--optim adams --weight_decay 0.3 --optim_args reference_steps=5") == 2
     assert output.endswith(f"{picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["advise", *folders, "--plot", str(tmp_path / "picture")]) == 1
+    assert "suffix of an image format" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["advise", *folders, "--weight_decay", "-1"])
     assert "expected a number of at least 0" in capsys.readouterr().err
