@@ -50,6 +50,7 @@ extras["test"] = [
     "torchao>=0.14",
     "bitsandbytes>=0.49",
     "schedulefree>=1.4",
+    "grokadamw>=0.1.2",
     "trl>=0.25",
     "peft>=0.17",
     "optuna>=4.0",

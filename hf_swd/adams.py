@@ -199,12 +199,12 @@ class AdamS(torch.optim.AdamW):
             fused, _ = _default_to_fused_or_foreach(examples, group["differentiable"], use_fused=True)
         states = [self.state[p] for p in with_grad]
         if not all(states):
-            new = {**group, "params": [p for p in with_grad if not self.state[p]], "fused": fused}
+            without_state = [p for p, state in zip(with_grad, states, strict=True) if not state]
+            new = {**group, "params": without_state, "fused": fused}
             # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
             torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
-        if fused and any(
-            device.type != "cpu" for cls, device, dtype in kinds
-        ):  # a loaded state may have it on the host
+        # A loaded state may have it on the host.
+        if fused and any(device.type != "cpu" for cls, device, dtype in kinds):
             for p, state in zip(with_grad, states, strict=True):
                 if state["step"].device != p.device:
                     state["step"] = state["step"].to(p.device)

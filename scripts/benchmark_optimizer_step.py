@@ -41,6 +41,7 @@ from benchmark_tools import (  # noqa: E402
     rows_of,
     share_moments,
     time_in_turn,
+    write_report,
 )
 from reference_adams import ReferenceAdamS  # noqa: E402
 
@@ -472,10 +473,7 @@ def main() -> None:
         f"| {c} | {errors[c, 'step']:.1e} | {errors[c, 'clip']:.1e} |" for c in dict.fromkeys(c for c, _ in errors)
     ]
     lines += table(rows)
-    table_path.write_text("\n".join(lines) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        plot(rows, plot_path)
-    print(table_path.read_text())
+    write_report(table_path, lines, lambda: plot(rows, plot_path))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.util
 import json
 import statistics
 import sys
@@ -35,7 +34,7 @@ from transformers import LlamaConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn, timed  # noqa: E402
+from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn, timed, write_report  # noqa: E402
 from sharded_llama import ENGINES, MODELS, TP, allocated, build, local_elements, rank_0_of  # noqa: E402
 
 from hf_swd import AdamS  # noqa: E402
@@ -332,10 +331,7 @@ def main() -> None:
         *summary(rows),
         *table(rows),
     ]
-    table_path.write_text("\n".join(lines) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        plot(rows, plot_path)
-    print(table_path.read_text())
+    write_report(table_path, lines, lambda: plot(rows, plot_path))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import platform
 import statistics
@@ -99,3 +100,12 @@ def machine(device: torch.device) -> list[str]:
         f"- command: `python {' '.join([f'scripts/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
         f"- date: {datetime.date.today().isoformat()}",
     ]
+
+
+def write_report(path: Path, lines: list[str], draw: Callable[[], object]) -> None:
+    """Writes and prints a report, and has its plot drawn where matplotlib is."""
+    text = "\n".join(lines) + "\n"
+    path.write_text(text)
+    if importlib.util.find_spec("matplotlib"):
+        draw()
+    print(text)

@@ -119,7 +119,7 @@ class SecondMomentMean:
                 after = torch.where(keep, before, after)
             if torch.is_grad_enabled():
                 setattr(owner, name, after)
-            elif after is not before:
+            else:
                 before.copy_(after)  # a captured CUDA graph must find its state where it left it
 
     def factor(self, calibrated: bool) -> Tensor:
