@@ -20,6 +20,7 @@ from .run_log import TrainingLog, read_training_log
 _MATTERS = 0.01  # of the weights, over the run
 _TARGET = 0.1  # of the weights, over the run: what a decay that matters is said to take
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
+_AS_ADAMS = ("adamw_hf", "adamw_torch", "adamw_torch_fused")  # nothing is lost by AdamS in their place
 _MOVES = 0.1  # relative change of the decay below which AdamS is AdamW
 
 
@@ -210,12 +211,14 @@ def _accuracy(log: TrainingLog, adams: _Adams) -> list[str]:
 def _recommendation(log: TrainingLog, adams: _Adams, simulated: Sequence[float]) -> list[str]:
     if not adams.weight_decay:
         return ["Recommended: a weight decay first; then ask again with --weight_decay."]
-    options = [f"reference_steps={adams.reference_steps}"] if adams.reference_steps else []
+    options = _kept_options(log)
+    if adams.reference_steps:
+        options["reference_steps"] = str(adams.reference_steps)
     if log.max_grad_norm and _clipped(log) >= _ALL * len(log.norms):
-        options.append("unclipped_norm=true")
+        options["unclipped_norm"] = "true"
     arguments = f"--optim adams --weight_decay {adams.weight_decay:g}"
     if options:
-        arguments += f" --optim_args {','.join(options)}"
+        arguments += f" --optim_args {','.join(f'{key}={value}' for key, value in options.items())}"
     shrunk = _shrunk(log)
     if shrunk is not None and shrunk < _MATTERS:
         why = "costs nothing, and will change nothing: the decay is too weak here, with any optimizer"
@@ -226,6 +229,16 @@ def _recommendation(log: TrainingLog, adams: _Adams, simulated: Sequence[float])
     else:
         why = "the decay matters and would move, so try it beside AdamW at the same mean decay"
     return [f"Recommended: {arguments} ({why})."]
+
+
+def _kept_options(log: TrainingLog) -> dict[str, str]:
+    """What the recommendation leaves as it is: the optimizer below the schedule, and options of that."""
+    kept = {key: value for key, value in log.optim_args.items() if key not in ("reference_steps", "unclipped_norm")}
+    if log.optim == "adams":
+        return kept
+    if not log.is_decoupled or log.optim in _AS_ADAMS:
+        return {}
+    return {"base": log.optim, **kept}
 
 
 def draw_advice(advice: Sequence[Advice], output: str | os.PathLike[str]) -> Path:

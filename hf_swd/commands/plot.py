@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run_log import find_state, read_arguments, read_history, read_number, run_folders
+from .run_log import find_state, has_decoupled_decay, read_arguments, read_history, read_number, run_folders
 
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def _read(path: Path) -> _Run:
 def _constant_decay(folders: Iterable[Path]) -> float | None:
     """`weight_decay` of the arguments, if the optimizer there decouples it from the gradient and keeps it constant."""
     arguments = read_arguments(folders)
-    is_constant = any(part in arguments.get("optim", "") for part in ("adamw", "lion"))
+    optim = arguments.get("optim", "")
+    is_constant = optim != "adams" and has_decoupled_decay(optim)
     return read_number(arguments, "weight_decay") if is_constant else None
 
 

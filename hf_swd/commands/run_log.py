@@ -16,6 +16,8 @@ from typing import Any
 
 STATE = "trainer_state.json"
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+# Parts of the names of the Trainer's optimizers that shrink the weights by learning rate times weight decay.
+_DECOUPLED = ("adamw", "adams", "lion", "ademamix", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainingLog:
         optim_args: the parts of `optim_args`.
         weight_decay: `None` if it is not known.
         max_grad_norm: 0 for no clipping; `None` if it is not known.
-        beta2: Adam's.
+        beta2: of the schedule, if the run had one of its own; else Adam's.
         warmup_steps: 0 for none.
         num_parameters: scalars in the saved weights (of adapters if there are any); `None` without saved weights.
     """
@@ -55,7 +57,7 @@ class TrainingLog:
 
     @property
     def is_decoupled(self) -> bool:
-        return any(part in self.optim for part in ("adamw", "adams", "lion", "ademamix", "adafactor"))
+        return has_decoupled_decay(self.optim)
 
 
 def read_training_log(output_dir: Path) -> TrainingLog:
@@ -80,7 +82,8 @@ def read_training_log(output_dir: Path) -> TrainingLog:
         )
     arguments = read_arguments(folders)
     scheduled = all("swd/weight_decay" in entry for entry in finite)
-    optim_args = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
+    parts = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
+    optim_args = {key: value for key, equals, value in parts if equals}
     warmup = read_number(arguments, "warmup_steps") or read_number(arguments, "warmup_ratio") or 0.0
     last_step = entries[-1]["step"]
     return TrainingLog(
@@ -92,10 +95,10 @@ def read_training_log(output_dir: Path) -> TrainingLog:
         last_step=last_step,
         broken_from=next(iter(broken), None),
         optim="adams" if scheduled and not arguments else str(arguments.get("optim", "")),
-        optim_args={key: value for key, equals, value in optim_args if equals},
+        optim_args=optim_args,
         weight_decay=read_number(arguments, "weight_decay"),
         max_grad_norm=read_number(arguments, "max_grad_norm"),
-        beta2=read_number(arguments, "adam_beta2") or 0.999,
+        beta2=_beta2(optim_args) or read_number(arguments, "adam_beta2") or 0.999,
         warmup_steps=math.ceil(warmup * last_step) if warmup < 1 else int(warmup),
         num_parameters=count_saved_parameters(folders),
     )
@@ -164,6 +167,19 @@ def read_arguments(folders: Iterable[Path]) -> dict[str, Any]:
             parts = getattr(optim, "args", (optim,))
             return {**arguments, "optim": str(parts[-1] if parts else "adams").lower().rpartition(".")[2]}
     return {}
+
+
+def has_decoupled_decay(optim: str) -> bool:
+    """Whether the weight decay of the Trainer's optimizer of this name is not a term of the gradient."""
+    return any(part in optim for part in _DECOUPLED)
+
+
+def _beta2(optim_args: dict[str, str]) -> float | None:
+    try:
+        beta2 = float(optim_args["schedule_beta2"])
+    except (KeyError, ValueError):
+        return None
+    return beta2 if 0 <= beta2 < 1 else None
 
 
 def count_saved_parameters(folders: Iterable[Path]) -> int | None:

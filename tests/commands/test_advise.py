@@ -42,6 +42,10 @@ RUNS = {
     "clipped": {"optim_args": "reference_steps=5", "max_grad_norm": 0.4},
     "unclipped": {"optim_args": "reference_steps=5,unclipped_norm=true", "max_grad_norm": 0.4},
     "faster": {"optim_args": "reference_steps=5", "max_grad_norm": NO_CLIPPING, "adam_beta2": 0.9},
+    "memory-of-its-own": {
+        "optim_args": "base=adamw_torch,reference_steps=5,schedule_beta2=0.9",
+        "max_grad_norm": NO_CLIPPING,
+    },
 }
 
 
@@ -139,6 +143,16 @@ def test_reference_steps_are_the_warm_up_or_part_of_a_short_run(tmp_path):
         assert f"reference_steps={expected}," in said(write(tmp_path, [0.5] * count, **ADAMW, **given)).replace(
             " ", ","
         )
+
+
+def test_optimizer_below_the_schedule_is_kept(tmp_path):
+    adams = train(tmp_path / "adams", optim_args="base=adamw_torch,schedule_beta2=0.9,reference_steps=5")
+    options = "base=adamw_torch,schedule_beta2=0.9,reference_steps=5"
+    assert re.search(f"--optim adams --weight_decay 0.2 --optim_args {options}[, ]", said(adams))
+    other = train(tmp_path / "adafactor", optim="adafactor", optim_args=None)
+    assert re.search("--optim_args base=adafactor,reference_steps=8[, ]", said(other))
+    adamw = train(tmp_path / "adamw", optim="adamw_torch_fused", optim_args=None)
+    assert re.search("--optim_args reference_steps=8[, ]", said(adamw))
 
 
 def test_paper_schedule_needs_the_number_of_parameters(tmp_path):
