@@ -152,7 +152,9 @@ def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
         "final_grad_norm": statistics.fmean(entry["grad_norm"] for entry in logs[-NUM_LAST_LOGS:]),
         "weight_norm": weight_norm(folder / "model.safetensors"),
         # What has shrunk the weights is the sum of learning rate times decay.
-        "mean_weight_decay": sum(map(operator.mul, rates, decays)) / sum(rates) if sum(rates) else statistics.fmean(decays),
+        "mean_weight_decay": sum(map(operator.mul, rates, decays)) / sum(rates)
+        if sum(rates)
+        else statistics.fmean(decays),
         "final_weight_decay": decays[-1],
         "train_runtime": results["train_runtime"],
     }

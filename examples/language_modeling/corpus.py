@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from embedded_text import build_embedded_text
+from embedded_text import TEXTS, build_embedded_text
 from transformers import PreTrainedTokenizerBase
 
 
@@ -28,7 +28,15 @@ class TextSource:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation text, likewise."})
     embedded: bool = field(
-        default=False, metadata={"help": "The source files of Python's standard library; no download."}
+        default=False, metadata={"help": "A text that comes with Python (see embedded_text); no download."}
+    )
+    embedded_text: str = field(
+        default="python",
+        metadata={
+            "help": "Which text --embedded is: the source files of Python's standard library, or chapters of its "
+            "manual.",
+            "choices": list(TEXTS),
+        },
     )
     text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the texts; by default `text`, or else the first."}
@@ -71,7 +79,7 @@ class TextSource:
 def load_text(source: TextSource, cache_dir: str | None = None, token: str | None = None) -> datasets.DatasetDict:
     """Splits train and validation, with the one column `text`."""
     if source.embedded:
-        data = build_embedded_text()
+        data = build_embedded_text(source.embedded_text)
     elif source.dataset_name is not None:
         data = datasets.load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir, token=token)
     else:

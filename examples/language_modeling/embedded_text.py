@@ -1,15 +1,19 @@
-"""A text without a download: the source files of Python's standard library, and a tokenizer trained on a text.
+"""Texts without a download, and a tokenizer trained on a text.
 
-Nothing of the text is stored in this repository: the files are read where Python is installed, never run. Training
-and validation share no file. The same version of Python gives the same text in the same order.
+`python`: the source files of Python's standard library; `manual`: the chapters of Python's manual that its `help()`
+shows, English prose with examples. Nothing of them is stored in this repository: they are read where Python is
+installed. Training and validation share no file or chapter. The same version of Python gives the same text in the
+same order.
 
-    python examples/language_modeling/embedded_text.py        # sizes, tokens, the beginning of a file
+    python examples/language_modeling/embedded_text.py        # sizes, tokens, the beginning of a validation text
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,43 +34,70 @@ SKIPPED_PARTS = ("encodings/", "pydoc_data/")
 # Written when Python was built, so that it differs from machine to machine.
 SKIPPED_NAMES = ("_sysconfigdata", "_sysconfig_vars")
 VALIDATION_SHARE = 0.1
-MIN_CHARACTERS = 1_000_000
 END_OF_TEXT = "<|endoftext|>"
 # The bytes and END_OF_TEXT.
 MIN_VOCAB_SIZE = 257
 
 
-def build_embedded_text() -> DatasetDict:
-    """Python's standard library as a text.
+def build_embedded_text(name: str = "python") -> DatasetDict:
+    """One of `TEXTS`.
 
     Returns:
-        `DatasetDict` with splits `train` and `validation` (a tenth of the files, chosen by a hash of their names) and
-        columns `text` (a whole file) and `source` (its name).
+        `DatasetDict` with splits `train` and `validation` (a tenth of the texts, chosen by a hash of their names) and
+        columns `text` (a whole file, or chapter) and `source` (its name).
 
     Raises:
-        RuntimeError: this Python has no source files.
+        RuntimeError: this Python comes without the text.
     """
     from datasets import Dataset, DatasetDict
 
     rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    embedded = TEXTS[name]
+    for source, text in embedded.texts():
+        held_out = int.from_bytes(stable_hash(source)[:4], "big") < VALIDATION_SHARE * 2**32
+        if text:
+            rows["validation" if held_out else "train"].append({"text": text, "source": source})
+    num_characters = sum(len(row["text"]) for row in rows["train"])
+    if num_characters < embedded.min_characters or not rows["validation"]:
+        raise RuntimeError(
+            f"embedded text {name!r}: {num_characters} characters of {embedded.description} in "
+            f"{source_folder('python')}; expected {embedded.min_characters} or more. This Python comes without them: "
+            "name a text by --train_file."
+        )
+    return DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
+
+
+def _source_texts() -> Iterator[tuple[str, str]]:
     folder = source_folder("python")
     for name, path in source_files(folder) if folder else ():
         if name.startswith(SKIPPED_PARTS) or path.name.startswith(SKIPPED_NAMES):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            yield name, path.read_text(encoding="utf-8")
         except (OSError, ValueError):  # unreadable, or in another encoding
             continue
-        held_out = int.from_bytes(stable_hash(name)[:4], "big") < VALIDATION_SHARE * 2**32
-        if text:
-            rows["validation" if held_out else "train"].append({"text": text, "source": name})
-    num_characters = sum(len(row["text"]) for row in rows["train"])
-    if num_characters < MIN_CHARACTERS or not rows["validation"]:
-        raise RuntimeError(
-            f"embedded text: {num_characters} characters of Python source in {folder}; expected {MIN_CHARACTERS} or "
-            "more. This Python comes without the source files of its standard library: name a text by --train_file."
-        )
-    return DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
+
+
+def _manual_texts() -> Iterator[tuple[str, str]]:
+    try:
+        chapters: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    once = {text: name for name, text in sorted(chapters.items())}  # some chapters have two names
+    yield from sorted(((name, text) for text, name in once.items()), key=lambda item: stable_hash(item[0]))
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    description: str
+    texts: Callable[[], Iterable[tuple[str, str]]]  # names and texts, in an order that is the same everywhere
+    min_characters: int  # of the training texts, if all of them are there
+
+
+TEXTS = {
+    "python": EmbeddedText("source files of Python's standard library", _source_texts, 1_000_000),
+    "manual": EmbeddedText("chapters of Python's manual", _manual_texts, 200_000),
+}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -101,14 +132,15 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    data = build_embedded_text()
-    tokenizer = train_tokenizer(data["train"]["text"], vocab_size=2048)
-    for split, part in data.items():
-        num_characters = sum(map(len, part["text"]))
-        num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(part["text"]))
-        print(f"{split}: {len(part)} files, {num_characters:,} characters, {num_tokens:,} tokens of 2,048")
-    first = data["validation"][0]
-    print(f"{first['source']}: {first['text'][:300]!r}")
+    for name in TEXTS:
+        data = build_embedded_text(name)
+        tokenizer = train_tokenizer(data["train"]["text"], vocab_size=2048)
+        for split, part in data.items():
+            num_characters = sum(map(len, part["text"]))
+            num_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(part["text"]))
+            print(f"{name}, {split}: {len(part)} texts, {num_characters:,} characters, {num_tokens:,} tokens of 2,048")
+        first = data["validation"][0]
+        print(f"{first['source']}: {first['text'][:300]!r}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from causal_model import (
     longest_block,
 )
 from corpus import TextSource, TokenBlocks, load_text, tokenize
-from embedded_text import MIN_VOCAB_SIZE
+from embedded_text import MIN_VOCAB_SIZE, TEXTS
 from transformers import EvalPrediction, TrainingArguments, default_data_collator
 
 import hf_swd  # makes --optim adams known to TrainingArguments
@@ -213,7 +213,7 @@ def main() -> None:
     if model_args.model_name_or_path is not None:
         card["finetuned_from"] = model_args.model_name_or_path
     if data_args.embedded:
-        card["dataset"] = "source files of Python's standard library"
+        card["dataset"] = TEXTS[data_args.embedded_text].description
     elif data_args.dataset_name is not None:
         card |= {"dataset": data_args.dataset_name, "dataset_tags": data_args.dataset_name}
     finish(trainer, card)

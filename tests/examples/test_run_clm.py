@@ -266,6 +266,13 @@ def test_run_clm_with_lora_without_peft_says_what_to_install(adams_run, monkeypa
 # --- text and tokens ---
 
 
+def test_manual_does_not_share_chapters():
+    data = embedded_text.build_embedded_text("manual")
+    names, texts = ({split: set(part[column]) for split, part in data.items()} for column in ("source", "text"))
+    assert names["train"].isdisjoint(names["validation"]) and texts["train"].isdisjoint(texts["validation"])
+    assert "assert" in names["train"] | names["validation"]
+
+
 def test_embedded_text_does_not_share_files_and_is_the_same_everywhere(monkeypatch):
     data = embedded_text.build_embedded_text()
     names = {split: set(part["source"]) for split, part in data.items()}
@@ -285,8 +292,14 @@ def test_embedded_text_does_not_share_files_and_is_the_same_everywhere(monkeypat
 
 def test_embedded_text_without_source_files_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded_text, "source_folder", lambda library: tmp_path)
-    with pytest.raises(RuntimeError, match=r"0 characters of Python source.*--train_file"):
+    with pytest.raises(RuntimeError, match=r"0 characters of source files of Python's standard.*--train_file"):
         embedded_text.build_embedded_text()
+
+
+def test_manual_that_is_not_there_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(RuntimeError, match=r"0 characters of chapters of Python's manual.*--train_file"):
+        embedded_text.build_embedded_text("manual")
 
 
 def test_tokenizer_is_the_same_however_many_threads_train_it():
