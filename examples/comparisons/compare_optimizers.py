@@ -177,9 +177,9 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         nargs="+",
         metavar=("NAME[:OPTIM_ARGS]", "WEIGHT_DECAY"),
-        help="a name of --optim (adamw: torch's fused AdamW), perhaps with its --optim_args, and the weight decays that "
-        "it is tried with; repeat it for each optimizer. The first is what the others are compared with. By default "
-        "adamw 0 0.05 0.5 5, and adams 0.0005 0.005 0.05 0.5",
+        help="a name of --optim (adamw: torch's fused AdamW), perhaps with its --optim_args, and the weight decays "
+        "that it is tried with; repeat it for each optimizer. The first is what the others are compared with. By "
+        "default adamw 0 0.05 0.5 5, and adams 0.0005 0.005 0.05 0.5",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     parser.add_argument("--output_dir", type=Path, required=True)
