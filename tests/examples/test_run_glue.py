@@ -192,7 +192,7 @@ def test_run_glue_with_adamw_and_the_quickstart_table(adams_run, tiny_bert, tabl
     assert not [key for entry in logs for key in entry if key.startswith("swd/")]
 
     for run in (adams_run, tmp_path / "adamw"):
-        row = quickstart_report.summary(run, weight_decay=0.01)
+        row = quickstart_report.summary(run)
         logs = [entry for entry in read(run, "trainer_state.json")["log_history"] if "loss" in entry]
         last = logs[-1].get("swd/weight_decay", 0.01)
         assert float(row["validation accuracy"]) == pytest.approx(
