@@ -91,6 +91,26 @@ def of_same_decay(rows: list[Row], optimizer: str, decay: float, reference: str)
     return nearest if abs(means[nearest] - mean) <= SAME_DECAY * mean else None
 
 
+def interpolated_best(rows: list[Row], optimizer: str, metric: Measure) -> tuple[float, float] | None:
+    """Weight decay and metric at the vertex of the parabola, over the logarithm of the decay, through the best decay
+    of the grid and its neighbours; `None` where the best is at an end of the grid."""
+    decays = sorted(decay for decay in settings_of(rows)[optimizer] if decay > 0)
+    best = best_settings(rows, metric)[optimizer]
+    place = decays.index(best) if best in decays else 0
+    if not 0 < place < len(decays) - 1:
+        return None
+    near = decays[place - 1 : place + 2]
+    left, middle, right = (mean_of(rows, optimizer, decay, metric.key) for decay in near)
+    a, b = math.log(near[0] / best), math.log(near[2] / best)
+    # y = middle + slope * x + curvature * x^2, with x = log(decay / best)
+    curvature = ((right - middle) / b - (left - middle) / a) / (b - a)
+    slope = (right - middle) / b - curvature * b
+    if curvature == 0 or math.isnan(curvature):
+        return None
+    vertex = -slope / (2 * curvature)
+    return best * math.exp(vertex), middle + slope * vertex + curvature * vertex**2
+
+
 # --- table ---
 
 
@@ -125,6 +145,11 @@ def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
                 pair = ((optimizer, decay), (reference, same))
                 differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in measures[:-2])
                 lines.append(f"- at equal mean decay ({decay:g}, {same:g}): {', '.join(differences)}")
+    lines += ["", "Best between the weight decays of the grid (a parabola through the best and its neighbours):", ""]
+    for optimizer in settings:
+        found = interpolated_best(rows, optimizer, metric)
+        text = "at an end of the grid" if found is None else f"{found[0]:.3g}, {metric.label} {found[1]:.4g}"
+        lines.append(f"- {optimizer}: {text}")
     lines += ["", f"Robustness: range of the mean {metric.label} over the weight decays (smaller is more robust):", ""]
     for optimizer, decays in settings.items():
         means = [mean_of(rows, optimizer, decay, metric.key) for decay in set(decays) - {0.0}]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare_optimizers import TASKS, Run, command_of, finished, result_of
-from comparison_report import Measure, best_settings, of_same_decay, table
+from comparison_report import Measure, best_settings, interpolated_best, of_same_decay, table
 from safetensors.torch import save_file
 from tables import mean_and_error
 
@@ -85,6 +85,17 @@ def test_differences_are_over_the_seeds_that_both_have():
 def test_equal_decay_is_the_effective_one_of_the_run():
     assert of_same_decay(ROWS, "adams", 0.1, "adamw") == 1.0
     assert of_same_decay(ROWS, "adams", 0.2, "adamw") is None
+
+
+@pytest.mark.parametrize(("measure", "sign"), [(ACCURACY, 1), (LOSS, -1)])
+def test_best_between_the_decays_is_the_vertex_of_a_parabola(measure, sign):
+    def loss(decay):
+        return 0.2 + 0.03 * math.log(decay / 1.3) ** 2 if decay else 0.9
+
+    rows = [row("adamw", decay, 0, 1 - loss(decay)) for decay in (0.0, 0.5, 1.0, 4.0)]
+    decay, value = interpolated_best(rows, "adamw", measure)
+    assert decay == pytest.approx(1.3) and value == pytest.approx(0.8 if sign > 0 else 0.2)
+    assert interpolated_best(rows[:3], "adamw", measure) is None  # who knows what comes after the end
 
 
 def test_result_of_a_run(tmp_path):
