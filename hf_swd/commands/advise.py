@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .forecast import effective_decays, total_decay
+from .forecast import effective_decays, rescaled_decays, total_decay
 from .plot import COLOURS, dress, require_matplotlib, save_figure
 from .run_log import TrainingLog, read_training_log
 
@@ -70,7 +70,7 @@ def advise(output_dir: str | os.PathLike[str], settings: Settings | None = None)
     lines = [_head(log, adams), *_shrinkage(log), *_clipping(log)]
     simulated: list[float] = []
     if adams.weight_decay:
-        simulated = adams.decays(clipped=False)
+        simulated = adams.decays()
         lines += _movement(adams, simulated)
     lines += _accuracy(log, _Adams(log, Settings(num_parameters=settings.num_parameters)))
     lines += _recommendation(log, adams, simulated)
@@ -90,12 +90,24 @@ class _Adams:
         self.num_parameters = log.num_parameters if settings.num_parameters is None else settings.num_parameters
 
     @property
-    def is_known(self) -> bool:
-        """Whether the schedule can be simulated: the paper's needs the number of parameters."""
-        return bool(self.weight_decay) and (self.reference_steps > 0 or bool(self.num_parameters))
+    def follows_log(self) -> bool:
+        """Whether the run logged the rms that the schedule would have seen."""
+        return bool(self._log.rms) and min(self._log.rms) > 0 and (_is_unclipped(self._log) or not _clipped(self._log))
 
-    def decays(self, *, clipped: bool) -> list[float]:
-        if not self.is_known:
+    def decays(self) -> list[float]:
+        """By the gradient before clipping; empty if they are not known."""
+        if not self.follows_log:
+            return self.simulated(clipped=False)
+        return rescaled_decays(
+            self._log.steps,
+            self._log.rms,
+            weight_decay=self.weight_decay or 0.0,
+            reference_steps=self.reference_steps,
+        )
+
+    def simulated(self, *, clipped: bool) -> list[float]:
+        """From logged norms alone; empty if the paper's schedule lacks the number of parameters."""
+        if not self.weight_decay or not (self.reference_steps or self.num_parameters):
             return []
         return effective_decays(
             self._log.steps,
@@ -158,6 +170,11 @@ def _clipped(log: TrainingLog) -> int:
     return sum(norm > log.max_grad_norm for norm in log.norms) if log.max_grad_norm else 0
 
 
+def _is_unclipped(log: TrainingLog) -> bool:
+    """Whether the run's schedule followed the gradient before clipping."""
+    return log.optim_args.get("unclipped_norm", "false").lower() in ("true", "1", "yes")
+
+
 def _clipping(log: TrainingLog) -> list[str]:
     if log.max_grad_norm is None:
         return [f"Whether steps were clipped is not known; the largest logged norm is {max(log.norms):.3g}."]
@@ -186,19 +203,19 @@ def _movement(adams: _Adams, decays: Sequence[float]) -> list[str]:
             "The paper's schedule (reference_steps=0) cannot be simulated without the number of parameters: no saved "
             "weights were found, give --num_parameters."
         ]
+    source = "from the gradient rms that the run logged" if adams.follows_log else "simulated from logged norms alone"
     what = f"AdamS with weight_decay={adams.weight_decay:g} and reference_steps={adams.reference_steps}"
     return [
         f"{what}, by the gradient before clipping: an effective decay of {min(decays):.3g} to {max(decays):.3g}, "
-        f"{statistics.fmean(decays):.3g} in the mean, {decays[-1]:.3g} at the end (simulated from logged norms alone)."
+        f"{statistics.fmean(decays):.3g} in the mean, {decays[-1]:.3g} at the end ({source})."
     ]
 
 
 def _accuracy(log: TrainingLog, adams: _Adams) -> list[str]:
     """How far the simulation of AdamS as it was in the run is from what the run logged."""
-    if not log.decays or not adams.is_known:
+    simulated = adams.simulated(clipped=not _is_unclipped(log)) if log.decays else []
+    if not simulated:
         return []
-    unclipped = log.optim_args.get("unclipped_norm", "false").lower() in ("true", "1", "yes")
-    simulated = adams.decays(clipped=not unclipped)
     errors = [abs(ours / theirs - 1) for ours, theirs in zip(simulated, log.decays, strict=True) if theirs > 0]
     if not errors:
         return []

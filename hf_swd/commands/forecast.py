@@ -54,6 +54,31 @@ def effective_decays(
     return result
 
 
+def rescaled_decays(
+    steps: Sequence[int], rms: Sequence[float], *, weight_decay: float, reference_steps: int
+) -> list[float]:
+    """
+    Effective weight decay of AdamS at logged steps, from the gradient rms of another AdamS there: exact but for the
+    rms of step `reference_steps`, whose square is taken from the straight line between the logs around it.
+
+    Args:
+        steps (`Sequence[int]`): optimizer steps that were logged, increasing.
+        rms (`Sequence[float]`): `swd/grad_rms` at each, positive.
+        weight_decay, reference_steps: see [`effective_decays`].
+    """
+    if not reference_steps:
+        return [weight_decay / value for value in rms]
+    reference = rms[0]
+    for i in range(1, len(steps)):
+        if steps[i - 1] < reference_steps:
+            part = min(1.0, (reference_steps - steps[i - 1]) / (steps[i] - steps[i - 1]))
+            reference = math.sqrt(rms[i - 1] ** 2 + part * (rms[i] ** 2 - rms[i - 1] ** 2))
+    return [
+        weight_decay if step <= reference_steps else weight_decay * reference / value
+        for step, value in zip(steps, rms, strict=True)
+    ]
+
+
 def total_decay(steps: Sequence[int], rates: Sequence[float], decays: Sequence[float]) -> float:
     """
     Sum of learning rate times weight decay over all steps, by the trapezoidal rule between logs: the weights would

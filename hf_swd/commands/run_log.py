@@ -15,6 +15,7 @@ from typing import Any
 
 
 STATE = "trainer_state.json"
+_SCHEDULE = ("swd/weight_decay", "swd/grad_rms")
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 # Parts of the names of the Trainer's optimizers that shrink the weights by learning rate times weight decay.
 _DECOUPLED = ("adamw", "adams", "lion", "ademamix", "adafactor")
@@ -28,7 +29,7 @@ class TrainingLog:
     Args:
         path: folder of the run.
         steps, norms, rates: optimizer step, norm of the gradient before clipping, learning rate of each finite log.
-        decays: effective decay of each, of a run with a schedule; else empty.
+        decays, rms: effective decay and gradient rms of each, of a run with a schedule; else empty.
         last_step: the last step that was logged.
         broken_from: step of the first log that is NaN or infinite.
         optim: name of the optimizer; empty if it is not known.
@@ -45,6 +46,7 @@ class TrainingLog:
     norms: list[float]
     rates: list[float]
     decays: list[float]
+    rms: list[float]
     last_step: int
     broken_from: int | None
     optim: str
@@ -81,7 +83,7 @@ def read_training_log(output_dir: Path) -> TrainingLog:
             "transformers before 5.3 logs grad_norm only with max_grad_norm above 0"
         )
     arguments = read_arguments(folders)
-    scheduled = all("swd/weight_decay" in entry for entry in finite)
+    scheduled = all(key in entry for entry in finite for key in _SCHEDULE)
     parts = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
     optim_args = {key: value for key, equals, value in parts if equals}
     warmup = read_number(arguments, "warmup_steps") or read_number(arguments, "warmup_ratio") or 0.0
@@ -92,6 +94,7 @@ def read_training_log(output_dir: Path) -> TrainingLog:
         norms=[float(entry["grad_norm"]) for entry in finite],
         rates=[float(entry["learning_rate"]) for entry in finite],
         decays=[float(entry["swd/weight_decay"]) for entry in finite] if scheduled else [],
+        rms=[float(entry["swd/grad_rms"]) for entry in finite] if scheduled else [],
         last_step=last_step,
         broken_from=next(iter(broken), None),
         optim="adams" if scheduled and not arguments else str(arguments.get("optim", "")),
@@ -218,7 +221,7 @@ def _entries(state: Path) -> list[dict[str, Any]]:
 
 def _numbers(entry: dict[str, Any]) -> list[Any]:
     needed = [entry.get("grad_norm"), entry.get("learning_rate")]
-    return [*needed, entry["swd/weight_decay"]] if "swd/weight_decay" in entry else needed
+    return [*needed, *(entry[key] for key in _SCHEDULE if key in entry)]
 
 
 def _is_number(value: Any) -> bool:

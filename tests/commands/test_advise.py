@@ -74,6 +74,31 @@ def test_logs_of_every_fifth_step_tell_a_gradient_that_changes_slowly():
     assert fifth == pytest.approx(every[4::5], rel=0.01)
 
 
+@pytest.mark.parametrize("unclipped", [False, True])
+def test_rms_that_adams_logged_tells_the_decay_whatever_happens_between_logs(tmp_path, unclipped):
+    """A spike at a step that is not logged: norms do not know of it, the logged rms does."""
+    spike, steps = 7, 20
+    norms = [50.0 if t == spike else 1 + 0.1 * math.sin(t) for t in range(1, steps + 1)]
+    options = {"weight_decay": 0.4, "reference_steps": 5, "beta2": 0.9}
+    truth = effective_decays(range(1, steps + 1), norms, **options)[4::5]
+    rms = effective_decays(range(1, steps + 1), norms, weight_decay=1.0, reference_steps=0, beta2=0.9)[4::5]
+    log = [
+        {"step": t, "grad_norm": norms[t - 1], "learning_rate": 0.1, "swd/grad_rms": 1 / one, "swd/weight_decay": one}
+        for t, one in zip(range(5, steps + 1, 5), rms, strict=True)
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    arguments_ = {"optim": "adams", "adam_beta2": 0.9, "max_grad_norm": 1.0 if unclipped else 0.0}
+    arguments_["optim_args"] = "unclipped_norm=true" if unclipped else None
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments_))
+    found = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=5))
+    assert found.simulated == pytest.approx(truth) and "rms that the run logged" in "\n".join(found.lines)
+    paper = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=0))
+    assert paper.simulated == pytest.approx([0.4 * one for one in rms])
+    # A schedule that followed clipped gradients tells nothing of one that does not.
+    (tmp_path / "training_args.json").write_text(json.dumps({**arguments_, "max_grad_norm": 1.0, "optim_args": None}))
+    assert "from logged norms alone" in said(tmp_path, Settings(weight_decay=0.4, reference_steps=5))
+
+
 def test_shrinkage_is_the_sum_over_the_learning_rate_schedule(tmp_path):
     folder = train(tmp_path, optim="adamw_torch", optim_args=None, learning_rate=0.01)
     # Linear to zero. Versions of transformers differ by one step in the rate that they log.
