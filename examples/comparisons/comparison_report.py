@@ -80,7 +80,12 @@ def paired_difference(rows: list[Row], one: tuple[str, float], other: tuple[str,
     """`one` minus `other`, mean ± standard error over the seeds that both have."""
     values, subtracted = column(rows, *one, key), column(rows, *other, key)
     mean, error = mean_and_error([values[seed] - subtracted[seed] for seed in sorted(values.keys() & subtracted)])
-    return f"{mean:+.3g} ± {error:.2g}"
+    return f"{mean:+.3g}{plus_minus(error)}"
+
+
+def plus_minus(error: float) -> str:
+    """Of a single seed there is none."""
+    return "" if math.isnan(error) else f" ± {error:.2g}"
 
 
 def of_same_decay(rows: list[Row], optimizer: str, decay: float, reference: str) -> float | None:
@@ -123,7 +128,7 @@ def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
     for optimizer, decays in settings.items():
         for decay in sorted(decays):
             values = [list(column(rows, optimizer, decay, measure.key).values()) for measure in measures]
-            cells = [f"{mean:.4g} ± {error:.2g}" for mean, error in map(mean_and_error, values)]
+            cells = [f"{mean:.4g}{plus_minus(error)}" for mean, error in map(mean_and_error, values)]
             name = "adam" if optimizer == "adamw" and decay == 0 else optimizer
             mark = " (best)" if best[optimizer] == decay else ""
             lines.append(f"| {name} | {decay:g}{mark} | {len(values[0])} | {' | '.join(cells)} |")
@@ -145,16 +150,19 @@ def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
                 pair = ((optimizer, decay), (reference, same))
                 differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in measures[:-2])
                 lines.append(f"- at equal mean decay ({decay:g}, {same:g}): {', '.join(differences)}")
-    lines += ["", "Best between the weight decays of the grid (a parabola through the best and its neighbours):", ""]
-    for optimizer in settings:
+    grids = {optimizer: {*decays} - {0.0} for optimizer, decays in settings.items() if len({*decays} - {0.0}) > 2}
+    if grids:
+        lines += [
+            "",
+            f"Over the weight decays of the grid, the best {metric.label} (of a parabola through the best one and its "
+            "neighbours), and the range of its mean (smaller is more robust):",
+            "",
+        ]
+    for optimizer, decays in grids.items():
         found = interpolated_best(rows, optimizer, metric)
-        text = "at an end of the grid" if found is None else f"{found[0]:.3g}, {metric.label} {found[1]:.4g}"
-        lines.append(f"- {optimizer}: {text}")
-    lines += ["", f"Robustness: range of the mean {metric.label} over the weight decays (smaller is more robust):", ""]
-    for optimizer, decays in settings.items():
-        means = [mean_of(rows, optimizer, decay, metric.key) for decay in set(decays) - {0.0}]
-        if means:
-            lines.append(f"- {optimizer}: {max(means) - min(means):.4g} over {len(means)} values")
+        best_at = "the best is at an end" if found is None else f"{found[1]:.4g} at {found[0]:.3g}"
+        means = [mean_of(rows, optimizer, decay, metric.key) for decay in decays]
+        lines.append(f"- {optimizer}: {best_at}; {max(means) - min(means):.4g} over {len(means)} values")
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,6 @@ datasets = pytest.importorskip("datasets", reason="needs the extra: examples")
 evaluate = pytest.importorskip("evaluate", reason="needs the extra: examples")
 pytest.importorskip("sklearn", reason="needs the extra: examples")
 import embedded_model  # noqa: E402
-import quickstart_report  # noqa: E402
 import run_glue  # noqa: E402
 import scoring  # noqa: E402
 import text_data  # noqa: E402
@@ -184,23 +183,12 @@ def test_run_glue_goes_on_from_the_last_checkpoint(adams_run, tiny_bert, tables,
         torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_run_glue_with_adamw_and_the_quickstart_table(adams_run, tiny_bert, tables, tmp_path, monkeypatch):
+def test_run_glue_with_adamw_logs_no_schedule(tiny_bert, tables, tmp_path, monkeypatch):
     run_here(
         settings(tiny_bert, tables, tmp_path / "adamw", optim="adamw_torch", save_strategy="no"), tmp_path, monkeypatch
     )
     logs = read(tmp_path / "adamw", "trainer_state.json")["log_history"]
     assert not [key for entry in logs for key in entry if key.startswith("swd/")]
-
-    for run in (adams_run, tmp_path / "adamw"):
-        row = quickstart_report.summary(run)
-        logs = [entry for entry in read(run, "trainer_state.json")["log_history"] if "loss" in entry]
-        last = logs[-1].get("swd/weight_decay", 0.01)
-        assert float(row["validation accuracy"]) == pytest.approx(
-            read(run, "all_results.json")["eval_accuracy"], abs=1e-4
-        )
-        assert float(row["effective weight decay, last log"]) == pytest.approx(last, rel=1e-3)
-        mean_norm = sum(entry["grad_norm"] for entry in logs[-5:]) / 5
-        assert float(row["gradient norm, mean of the last 5 logs"]) == pytest.approx(mean_norm, rel=1e-3)
 
 
 def test_run_glue_with_a_label_that_training_lacks_names_it(tiny_bert, tables, tmp_path, monkeypatch):
