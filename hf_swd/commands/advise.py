@@ -81,7 +81,7 @@ class _Adams:
     """AdamS with the settings that were given, that the run had, or that are recommended for it."""
 
     def __init__(self, log: TrainingLog, settings: Settings) -> None:
-        self._log = log
+        self.log = log
         self.weight_decay = log.weight_decay if settings.weight_decay is None else settings.weight_decay
         steps = settings.reference_steps
         if steps is None and log.decays and log.optim_args.get("reference_steps", "0").isdecimal():
@@ -92,15 +92,15 @@ class _Adams:
     @property
     def follows_log(self) -> bool:
         """Whether the run logged the rms that the schedule would have seen."""
-        return bool(self._log.rms) and min(self._log.rms) > 0 and (_is_unclipped(self._log) or not _clipped(self._log))
+        return bool(self.log.rms) and min(self.log.rms) > 0 and (_is_unclipped(self.log) or not _clipped(self.log))
 
     def decays(self) -> list[float]:
         """By the gradient before clipping; empty if they are not known."""
         if not self.follows_log:
             return self.simulated(clipped=False)
         return rescaled_decays(
-            self._log.steps,
-            self._log.rms,
+            self.log.steps,
+            self.log.rms,
             weight_decay=self.weight_decay or 0.0,
             reference_steps=self.reference_steps,
         )
@@ -110,12 +110,12 @@ class _Adams:
         if not self.weight_decay or not (self.reference_steps or self.num_parameters):
             return []
         return effective_decays(
-            self._log.steps,
-            self._log.norms,
+            self.log.steps,
+            self.log.norms,
             weight_decay=self.weight_decay or 0.0,
             reference_steps=self.reference_steps,
-            beta2=self._log.beta2,
-            max_norm=(self._log.max_grad_norm or 0.0) if clipped else 0.0,
+            beta2=self.log.beta2,
+            max_norm=(self.log.max_grad_norm or 0.0) if clipped else 0.0,
             num_parameters=self.num_parameters or 1,
         )
 
@@ -207,8 +207,14 @@ def _movement(adams: _Adams, decays: Sequence[float]) -> list[str]:
     what = f"AdamS with weight_decay={adams.weight_decay:g} and reference_steps={adams.reference_steps}"
     return [
         f"{what}, by the gradient before clipping: an effective decay of {min(decays):.3g} to {max(decays):.3g}, "
-        f"{statistics.fmean(decays):.3g} in the mean, {decays[-1]:.3g} at the end ({source})."
+        f"{_mean_decay(adams.log, decays):.3g} in the mean, {decays[-1]:.3g} at the end ({source})."
     ]
+
+
+def _mean_decay(log: TrainingLog, decays: Sequence[float]) -> float:
+    """Weighted by the learning rate: the constant decay that would shrink the weights as much."""
+    rates = total_decay(log.steps, log.rates, [1.0] * len(log.steps))
+    return total_decay(log.steps, log.rates, decays) / rates if rates else statistics.fmean(decays)
 
 
 def _accuracy(log: TrainingLog, adams: _Adams) -> list[str]:
@@ -244,7 +250,8 @@ def _recommendation(log: TrainingLog, adams: _Adams, simulated: Sequence[float])
     elif not simulated:
         why = "whether its decay would move is not known"
     else:
-        why = "the decay matters and would move, so try it beside AdamW at the same mean decay"
+        mean = _mean_decay(log, simulated)
+        why = f"the decay matters and would move, so try it beside AdamW at the same mean decay, {mean:.2g}"
     return [f"Recommended: {arguments} ({why})."]
 
 

@@ -170,6 +170,20 @@ def test_reference_steps_are_the_warm_up_or_part_of_a_short_run(tmp_path):
         )
 
 
+def test_mean_decay_is_the_constant_one_that_shrinks_as_much(tmp_path):
+    folder = write(tmp_path, [2.0] * 5 + [1.0] * 5, **{**ADAMW, "adam_beta2": 0.5, "max_grad_norm": 0.0})
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for entry in state["log_history"]:
+        entry["learning_rate"] = 0.1 if entry["step"] <= 50 else 1e-6
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    found = advise(folder, Settings(weight_decay=0.3, reference_steps=10))
+    (mean,) = re.findall(r"([\d.]+) in the mean", "\n".join(found.lines))
+    assert max(found.simulated) > 0.55 and float(mean) == pytest.approx(
+        0.3, rel=0.1
+    )  # nothing moves in the second half
+    assert "beside AdamW at the same mean decay, 0.3" in found.lines[-1]
+
+
 def test_optimizer_below_the_schedule_is_kept(tmp_path):
     adams = train(tmp_path / "adams", optim_args="base=adamw_torch,schedule_beta2=0.9,reference_steps=5")
     options = "base=adamw_torch,schedule_beta2=0.9,reference_steps=5"
