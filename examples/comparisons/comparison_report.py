@@ -16,7 +16,7 @@ from hf_swd.commands.plot import COLOURS
 
 MARKERS = "os^Dv<>"
 # Effective decays no further apart are called equal.
-SAME_DECAY = 0.03
+SAME_DECAY = 0.05
 
 Row = dict[str, Any]
 
