@@ -7,8 +7,9 @@
         --output_dir outputs/compare-lm -- --max_grad_norm 1
 
 Every run is a process of its own in OUTPUT_DIR/RUN. Called again, it goes on where it was interrupted: finished runs
-are read, not repeated; more seeds, weight decays and optimizers can be asked for. What follows `--` goes to the script
-of the task, after the task's own settings.
+are not repeated. Tables and plots hold all finished runs in OUTPUT_DIR, so that more seeds of the weight decays that
+look best can be asked for in a second call. What follows `--` goes to the script of the task, after the task's own
+settings.
 
 The best weight decay of each optimizer is chosen by the mean over the seeds of the same validation data that it is
 then reported on: equal grids keep that fair, but it is not a test error.
@@ -25,11 +26,11 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison_report import Measure, best_settings, plot_robustness, table
+from comparison_report import Measure, best_settings, column, plot_robustness, table
 from safetensors import safe_open
 from tables import write_csv
 from tqdm import tqdm
@@ -79,6 +80,7 @@ TASKS = {
     ),
 }
 ALIASES = {"adamw": "adamw_torch_fused"}
+RECORD = "run.json"
 NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 
 
@@ -108,10 +110,10 @@ def command_of(run: Run, task: Task, script_arguments: list[str]) -> list[str]:
 
 def finished(folder: Path, command: list[str]) -> bool:
     """Whether the run is complete; with other settings it is an error, so that no table mixes two experiments."""
-    record = folder / "command.json"
+    record = folder / RECORD
     if not record.exists():
         return False
-    if json.loads(record.read_text()) != command:
+    if json.loads(record.read_text())["command"] != command:
         raise ValueError(
             f"output_dir={str(folder.parent)!r} holds the run {folder.name} with other settings; "
             "choose another --output_dir, or delete it"
@@ -120,11 +122,18 @@ def finished(folder: Path, command: list[str]) -> bool:
     return results.exists() and "eval_loss" in json.loads(results.read_text())
 
 
-def execute(folder: Path, command: list[str], environment: dict[str, str]) -> None:
+def recorded(output_dir: Path) -> list[Run]:
+    """All runs that were begun there, by optimizer, weight decay and seed."""
+    records = (json.loads(path.read_text()) for path in output_dir.glob(f"*/{RECORD}"))
+    runs = [Run(*(record[key] for key in ("optimizer", "weight_decay", "seed"))) for record in records]
+    return sorted(runs, key=lambda run: (run.optimizer, run.weight_decay, run.seed))
+
+
+def execute(run: Run, folder: Path, command: list[str], environment: dict[str, str]) -> None:
     if finished(folder, command):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "command.json").write_text(json.dumps(command))
+    (folder / RECORD).write_text(json.dumps({**asdict(run), "command": command}))
     script, *options = command
     line = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(folder), "--overwrite_output_dir"]
     with (folder / "log.txt").open("w") as log:
@@ -205,12 +214,14 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def execute_all(runs: list[Run], commands: dict[Run, list[str]], output_dir: Path, jobs: int) -> None:
+def execute_all(commands: dict[Run, list[str]], output_dir: Path, jobs: int) -> None:
     """`jobs` at a time; the first that fails stops those that have not begun."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(execute, output_dir / run.name, commands[run], environment) for run in runs]
+        waiting = [
+            pool.submit(execute, run, output_dir / run.name, command, environment) for run, command in commands.items()
+        ]
         try:
             for future in tqdm(waiting, unit="run"):
                 future.result()
@@ -222,23 +233,29 @@ def execute_all(runs: list[Run], commands: dict[Run, list[str]], output_dir: Pat
 def main() -> None:
     arguments = parse_arguments()
     task: Task = TASKS[arguments.task]
+    output_dir: Path = arguments.output_dir
+
+    def command(run: Run) -> list[str]:
+        return command_of(run, task, arguments.script_arguments)
+
     # Seed by seed, so that an interrupted comparison has whole rows of the grid.
-    runs = [
+    asked = [
         Run(optimizer, decay, seed)
         for seed in dict.fromkeys(arguments.seeds)
         for optimizer, decays in arguments.optimizers.items()
         for decay in dict.fromkeys(decays)
     ]
-    output_dir: Path = arguments.output_dir
-    commands = {run: command_of(run, task, arguments.script_arguments) for run in runs}
-    execute_all(runs, commands, output_dir, arguments.jobs)
+    execute_all({run: command(run) for run in asked}, output_dir, arguments.jobs)
+    order = [*arguments.optimizers]
+    runs = [run for run in recorded(output_dir) if finished(output_dir / run.name, command(run))]
+    runs.sort(key=lambda run: order.index(run.optimizer) if run.optimizer in order else len(order))
     rows = [result_of(run, output_dir / run.name, task.metric) for run in runs]
     write_csv(rows, output_dir / "results.csv")
     text = table(rows, task.metric, NUM_LAST_LOGS)
     (output_dir / "results.md").write_text(text)
     plot_robustness(rows, task.metric, NUM_LAST_LOGS, output_dir / "robustness.png")
     best = best_settings(rows, task.metric)
-    folders = [str(output_dir / Run(o, decay, arguments.seeds[0]).name) for o, decay in best.items()]
+    folders = [output_dir / Run(o, decay, min(column(rows, o, decay, "seed"))).name for o, decay in best.items()]
     plot_runs(folders, output_dir / "training.png")
     print(text)
     print(f"{output_dir}: results.csv, results.md, robustness.png, training.png (the first seed at the best decays)")

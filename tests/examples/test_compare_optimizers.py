@@ -147,7 +147,7 @@ def test_an_optimizer_without_good_decays_is_refused(given, tmp_path):
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
     command = ["run_glue.py", "--seed", "0"]
     assert not finished(tmp_path, command)
-    (tmp_path / "command.json").write_text(json.dumps(command))
+    (tmp_path / "run.json").write_text(json.dumps({"command": command}))
     assert not finished(tmp_path, command)  # interrupted
     (tmp_path / "all_results.json").write_text(json.dumps({"train_loss": 1.0}))
     assert not finished(tmp_path, command)  # interrupted before the evaluation
@@ -179,3 +179,10 @@ def test_comparison_runs_and_goes_on(task, tmp_path):
     subprocess.run(command, check=True, timeout=400)
     assert log.stat().st_mtime_ns == before
     assert (tmp_path / "adamw-0.5-seed0" / "all_results.json").exists()
+
+    # A second call for more of them: the table holds all.
+    command[command.index("0.0005")] = "0.001"
+    subprocess.run(command, check=True, timeout=400)
+    with (tmp_path / "results.csv").open() as file:
+        assert [float(r["weight_decay"]) for r in csv.DictReader(file)] == [0.5, 0.0005, 0.001]
+    assert log.stat().st_mtime_ns == before
