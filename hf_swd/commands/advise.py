@@ -121,9 +121,8 @@ class _Adams:
 
 
 def _reference_steps(log: TrainingLog) -> int:
-    """The warm-up, or about 100 steps; not more than a third of a short run."""
-    third = max(1, log.last_step // 3)
-    return log.warmup_steps if 0 < log.warmup_steps <= third else min(100, third)
+    """The warm-up, at least 100 steps (the first gradients are not typical); not more than a third of the run."""
+    return max(1, min(max(log.warmup_steps, 100), log.last_step // 3))
 
 
 def _head(log: TrainingLog, adams: _Adams) -> str:
