@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison_report import Measure, best_settings, column, plot_robustness, table
+from comparison_report import NUM_LAST_LOGS, Measure, best_settings, column, plot_robustness, table
 from safetensors import safe_open
 from tables import write_csv
 from tqdm import tqdm
@@ -81,7 +81,6 @@ TASKS = {
 }
 ALIASES = {"adamw": "adamw_torch_fused"}
 RECORD = "run.json"
-NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
         "train_loss": results["train_loss"],
         "final_train_loss": statistics.fmean(entry["loss"] for entry in logs[-NUM_LAST_LOGS:]),
         "final_grad_norm": statistics.fmean(entry["grad_norm"] for entry in logs[-NUM_LAST_LOGS:]),
-        "weight_norm": weight_norm(folder / "model.safetensors"),
+        "weight_norm": weight_norm(folder),
         # What has shrunk the weights is the sum of learning rate times decay.
         "mean_weight_decay": sum(map(operator.mul, rates, decays)) / sum(rates)
         if sum(rates)
@@ -169,11 +168,15 @@ def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
     }
 
 
-def weight_norm(path: Path) -> float:
-    """2-norm of all weights with two or more dimensions: those that have weight decay."""
-    with safe_open(path, framework="pt") as file:
-        weights = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118 - it is no mapping
-        return math.sqrt(sum(w.double().square().sum().item() for w in weights if w.dim() > 1))
+def weight_norm(folder: Path) -> float:
+    """2-norm of all saved weights (of adapters if they alone are saved) with two or more dimensions: those that have
+    weight decay."""
+    square = 0.0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            weights = (file.get_tensor(name) for name in file.keys())  # noqa: SIM118 - it is no mapping
+            square += sum(w.double().square().sum().item() for w in weights if w.dim() > 1)
+    return math.sqrt(square)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -251,9 +254,9 @@ def main() -> None:
     runs.sort(key=lambda run: order.index(run.optimizer) if run.optimizer in order else len(order))
     rows = [result_of(run, output_dir / run.name, task.metric) for run in runs]
     write_csv(rows, output_dir / "results.csv")
-    text = table(rows, task.metric, NUM_LAST_LOGS)
+    text = table(rows, task.metric)
     (output_dir / "results.md").write_text(text)
-    plot_robustness(rows, task.metric, NUM_LAST_LOGS, output_dir / "robustness.png")
+    plot_robustness(rows, task.metric, output_dir / "robustness.png")
     best = best_settings(rows, task.metric)
     folders = [output_dir / Run(o, decay, min(column(rows, o, decay, "seed"))).name for o, decay in best.items()]
     plot_runs(folders, output_dir / "training.png")

@@ -15,6 +15,7 @@ from hf_swd.commands.plot import COLOURS
 
 
 MARKERS = "os^Dv<>"
+NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 # Effective decays no further apart are called equal.
 SAME_DECAY = 0.05
 
@@ -79,7 +80,10 @@ def best_settings(rows: list[Row], metric: Measure) -> dict[str, float]:
 def paired_difference(rows: list[Row], one: tuple[str, float], other: tuple[str, float], key: str) -> str:
     """`one` minus `other`, mean ± standard error over the seeds that both have."""
     values, subtracted = column(rows, *one, key), column(rows, *other, key)
-    mean, error = mean_and_error([values[seed] - subtracted[seed] for seed in sorted(values.keys() & subtracted)])
+    seeds = sorted(values.keys() & subtracted)
+    if not seeds:  # a second call may have asked for others
+        return "no seed in common"
+    mean, error = mean_and_error([values[seed] - subtracted[seed] for seed in seeds])
     return f"{mean:+.3g}{plus_minus(error)}"
 
 
@@ -119,7 +123,7 @@ def interpolated_best(rows: list[Row], optimizer: str, metric: Measure) -> tuple
 # --- table ---
 
 
-def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
+def table(rows: list[Row], metric: Measure) -> str:
     best, settings, measures = best_settings(rows, metric), settings_of(rows), measures_of(metric)
     lines = [
         f"| optimizer | weight decay | seeds | {' | '.join(measure.label for measure in measures)} |",
@@ -135,21 +139,21 @@ def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
     lines += [
         "",
         "± is the standard error over the seeds. Training loss and gradient norm (before clipping): mean of the last "
-        f"{num_last_logs} logs. Weight norm: of all weights with two or more dimensions. Mean and final decay: the "
+        f"{NUM_LAST_LOGS} logs. Weight norm: of all weights with two or more dimensions. Mean and final decay: the "
         "effective one, over the logs of a run weighted by the learning rate, and in the last.",
     ]
     reference, *others = settings
     for optimizer in others:
         lines += ["", f"{optimizer} minus {reference}, paired over the seeds:", ""]
-        pair = ((optimizer, best[optimizer]), (reference, best[reference]))
-        differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in measures)
-        lines.append(f"- each at its best ({best[optimizer]:g}, {best[reference]:g}): {', '.join(differences)}")
+        compared = [("each at its best", best[optimizer], best[reference], measures)]
         for decay in sorted(settings[optimizer]):
             same = of_same_decay(rows, optimizer, decay, reference)
             if same is not None:
-                pair = ((optimizer, decay), (reference, same))
-                differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in measures[:-2])
-                lines.append(f"- at equal mean decay ({decay:g}, {same:g}): {', '.join(differences)}")
+                compared.append(("at equal mean decay", decay, same, measures[:-2]))
+        for name, one, other, shown in compared:
+            pair = ((optimizer, one), (reference, other))
+            differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in shown)
+            lines.append(f"- {name} ({one:g}, {other:g}): {', '.join(differences)}")
     grids = {optimizer: {*decays} - {0.0} for optimizer, decays in settings.items() if len({*decays} - {0.0}) > 2}
     if grids:
         lines += [
@@ -169,12 +173,12 @@ def table(rows: list[Row], metric: Measure, num_last_logs: int) -> str:
 # --- plot ---
 
 
-def plot_robustness(rows: list[Row], metric: Measure, num_last_logs: int, path: Path) -> None:
+def plot_robustness(rows: list[Row], metric: Measure, path: Path) -> None:
     """Metric and gradient norm against the decay that a run really had, so that all optimizers share the axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    labels = {metric.key: metric.label, "final_grad_norm": f"L2 norm of the gradient, last {num_last_logs} logs"}
+    labels = {metric.key: metric.label, "final_grad_norm": f"L2 norm of the gradient, last {NUM_LAST_LOGS} logs"}
     for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
         for index, (optimizer, decays) in enumerate(settings_of(rows).items()):
             colour = COLOURS[index % len(COLOURS)]

@@ -57,6 +57,8 @@ class TextSource:
                 f"validation_file={self.validation_file!r}, embedded={self.embedded}; expected exactly one source: "
                 "--dataset_name, --train_file (with or without --validation_file), or --embedded."
             )
+        if self.embedded_text not in TEXTS:  # from a file of arguments, whose choices nobody has checked
+            raise ValueError(f"embedded_text={self.embedded_text!r}; expected one of {', '.join(TEXTS)}.")
         for name, file in files.items():
             if file is not None and Path(file).suffix not in FORMATS:
                 raise ValueError(f"{name}={file!r}; expected a file that ends in {', '.join(FORMATS)}.")

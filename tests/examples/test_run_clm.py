@@ -296,6 +296,11 @@ def test_embedded_text_without_source_files_says_so(monkeypatch, tmp_path):
         embedded_text.build_embedded_text()
 
 
+def test_unknown_embedded_text_in_a_file_of_arguments_is_named():
+    with pytest.raises(ValueError, match="embedded_text='prose'; expected one of python, manual"):
+        corpus.TextSource(embedded=True, embedded_text="prose")
+
+
 def test_manual_that_is_not_there_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(RuntimeError, match=r"0 characters of chapters of Python's manual.*--train_file"):
