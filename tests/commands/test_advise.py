@@ -92,6 +92,9 @@ def test_rms_that_adams_logged_tells_the_decay_whatever_happens_between_logs(tmp
     (tmp_path / "training_args.json").write_text(json.dumps(arguments_))
     found = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=5))
     assert found.simulated == pytest.approx(truth) and "rms that the run logged" in "\n".join(found.lines)
+    later = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=10)).simulated
+    options["reference_steps"] = 10
+    assert later == pytest.approx(effective_decays(range(1, steps + 1), norms, **options)[4::5])
     paper = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=0))
     assert paper.simulated == pytest.approx([0.4 * one for one in rms])
     # A schedule that followed clipped gradients tells nothing of one that does not.

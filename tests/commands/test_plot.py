@@ -89,6 +89,15 @@ def test_plot_of_two_real_trainings_shows_their_logs(tmp_path, figures, capsys):
     assert legend(figures[0]) == ["adams", "adamw_torch (constant weight_decay=0.01 of its arguments)"]
 
 
+@pytest.mark.parametrize("optim", ["ademamix", "adafactor", "lion_8bit"])
+def test_constant_decay_of_any_optimizer_that_decouples_it_is_drawn(tmp_path, figures, optim):
+    write_state(tmp_path, log_of([1.0, 2.0]))
+    (tmp_path / "training_args.json").write_text(json.dumps({"optim": optim, "weight_decay": 0.3}))
+    plot_runs([tmp_path])
+    (points,) = lines(figures[0])["effective weight decay"].values()
+    assert [*points] == [(1, 0.3), (2, 0.3)]
+
+
 def test_last_checkpoint_is_the_one_with_the_highest_number(tmp_path, figures):
     for steps in (8, 90, 100):
         write_state(tmp_path / f"checkpoint-{steps}", log_of([1.0] * steps))

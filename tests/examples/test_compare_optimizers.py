@@ -63,7 +63,7 @@ def test_best_decay_is_that_of_the_best_mean(measure):
 
 
 def test_a_run_that_went_nan_is_not_the_best():
-    rows = [*ROWS, row("adams", 0.3, 0, math.nan)]
+    rows = [*ROWS, row("adams", 0.05, 0, math.nan), row("adams", 0.3, 0, math.nan)]
     assert best_settings(rows, LOSS)["adams"] == 0.1
 
 

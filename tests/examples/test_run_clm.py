@@ -271,6 +271,7 @@ def test_manual_does_not_share_chapters():
     names, texts = ({split: set(part[column]) for split, part in data.items()} for column in ("source", "text"))
     assert names["train"].isdisjoint(names["validation"]) and texts["train"].isdisjoint(texts["validation"])
     assert "assert" in names["train"] | names["validation"]
+    assert sum(map(len, texts.values())) == sum(map(len, data.values()))  # none is there twice, under two names
 
 
 def test_embedded_text_does_not_share_files_and_is_the_same_everywhere(monkeypatch):
