@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,12 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import (
     _default_to_fused_or_foreach,
     _device_dtype_check_for_fused,
-    _use_grad_for_differentiable,
 )
 
 from .core.clipping import scale_
 from .core.fused_adam import fused_adamw_on_cpu, have_one_layout
 from .core.grad_norm import HALF, by_kind, local_parts
+from .core.gradients import GroupGradients
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
 from .core.validation import check_options
@@ -59,16 +58,18 @@ class AdamS(torch.optim.AdamW):
         amsgrad (`bool`, defaults to `False`): use the maximum of v instead of v (also in v_bar; a slower path).
         reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` its meaning in AdamW: it is the effective
             decay up to step K, and `weight_decay * sqrt(v_bar_K / v_bar_t)` from then on.
+        max_grad_norm (`float`, defaults to 0.0): clip the whole gradient to this 2-norm in every step, which reads it
+            once for both, before Adam sees it; 0 clips nothing, `inf` only measures. `grad_norm` is the norm before
+            clipping. Not together with a Trainer's or an engine's own clipping.
         unclipped_norm (`bool`, defaults to `False`): take v_bar from the gradients as they were before clipping, by
-            the same moving average, instead of from Adam's moments. Every step must then be clipped by
-            [`clip_grad_norm_`] (a Trainer does so), or by DeepSpeed ZeRO. For training in which most steps are
-            clipped, whose v_bar would otherwise be constant. Not with `differentiable`.
+            the same moving average (with `betas[1]` of the first group), instead of from Adam's moments. For training
+            in which most steps are clipped, whose v_bar would otherwise be constant. The step must know that norm: by
+            `max_grad_norm`, a Trainer's clipping, or DeepSpeed ZeRO's.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model; v_bar is
             then the mean over all of them (one all-reduce a step). Not for replicas (DDP), which need nothing.
         maximize (`bool`, defaults to `False`): go along the gradient instead of against it.
         foreach (`bool`, *optional*): multi-tensor implementation of torch.
         capturable (`bool`, defaults to `False`): allow capture of `step()` in a CUDA graph.
-        differentiable (`bool`, defaults to `False`): let gradients flow through `step()`.
         fused (`bool`, *optional*): torch's fused kernel. By default it is used wherever it exists (floating-point
             parameters on CPU, CUDA, MPS, XPU), else torch's own default.
 
@@ -100,6 +101,7 @@ class AdamS(torch.optim.AdamW):
         *,
         reference_steps: int = 0,
         unclipped_norm: bool = False,
+        max_grad_norm: float = 0.0,
         process_group: ProcessGroup | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -122,7 +124,11 @@ class AdamS(torch.optim.AdamW):
         check_options(options)
         super().__init__(params, **options)
         self._decay_schedule = WeightDecaySchedule(
-            self, reference_steps=reference_steps, unclipped_norm=unclipped_norm, process_group=process_group
+            self,
+            reference_steps=reference_steps,
+            unclipped_norm=unclipped_norm,
+            max_grad_norm=max_grad_norm,
+            process_group=process_group,
         )
 
     @property
@@ -135,34 +141,21 @@ class AdamS(torch.optim.AdamW):
         """sqrt(v_bar) of the last step, 0.0 before the first. Reading it makes the host wait for an accelerator."""
         return self._decay_schedule.grad_rms
 
-    def clip_grad_norm_(self, max_norm: float, *, defer: bool = False) -> Tensor:
-        """
-        Clip the gradients to a total 2-norm, and keep the norm for the coming `step()`, which then need not read them.
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the whole gradient before clipping at the last step that clipped; see [`WeightDecaySchedule`]."""
+        return self._decay_schedule.grad_norm
 
-        Args:
-            max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
-            defer (`bool`, defaults to `False`): leave the gradients as they are and scale them in `step()`, where
-                torch's fused kernel does so on the way: a pass over them less. Until then `p.grad` is not clipped, and
-                must not be changed.
-
-        Returns:
-            `Tensor`: 0-d float32, the norm before clipping, of all shards.
-
-        Raises:
-            TypeError, ValueError: `max_norm` is not a positive number.
-            RuntimeError: under DeepSpeed ZeRO, which clips by itself; from `step()`, before any weight changes:
-                gradients were changed after a deferred clipping.
-        """
-        # AMSGrad's maximum is looked up in the gradients before the kernel sees them.
-        defer = defer and not any(group["differentiable"] or group["amsgrad"] for group in self.param_groups)
-        return self._decay_schedule._clip(max_norm, defer=defer)
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """[`WeightDecaySchedule.clip_grad_norm_`]: clip the gradients in place, now, to a total 2-norm."""
+        return self._decay_schedule.clip_grad_norm_(max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_options(param_group)
         super().add_param_group(param_group)
 
     @_disable_dynamo  # a compiled function runs the step as it is: torch's kernels have nothing to gain
-    @_use_grad_for_differentiable
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
         Perform one optimization step.
@@ -179,43 +172,42 @@ class AdamS(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state:  # torch looks too late: the schedule would have moved
-            for p in (
-                p for group in self.param_groups if group["fused"] for p in group["params"] if p.grad is not None
-            ):
+        step = self._decay_schedule.begin_step()
+        if not self.state:  # torch looks too late: other groups' weights would have changed
+            for p in (p for gradients in step.groups if gradients.group["fused"] for p in gradients.params):
                 _device_dtype_check_for_fused(p)
-        for group, decay in zip(self.param_groups, self._decay_schedule._before_step(), strict=True):
-            self._step_group(group, decay)
-        self._decay_schedule._blocks.write_back()
+        for gradients, decay in zip(step.groups, step.decays, strict=True):
+            self._step_group(gradients, decay, step.clip)
+        self._decay_schedule.end_step()
         return loss
 
-    def _step_group(self, group: dict[str, Any], decay: float | Tensor) -> None:
-        pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
-        with_grad = [p for p, grad in pairs]
+    def _step_group(self, gradients: GroupGradients, decay: float | Tensor, clip: Tensor | None) -> None:
+        """Adam's kernel on one group, with gradients multiplied by `clip` on the way."""
+        group, with_grad, grads, states = gradients
         kinds = dict(zip(map(_KIND, with_grad), with_grad, strict=True))
         fused = group["fused"]
         if fused is None and group["foreach"] is None:
             examples = local_parts([*kinds.values()])
-            fused, _ = _default_to_fused_or_foreach(examples, group["differentiable"], use_fused=True)
-        states = [self.state[p] for p in with_grad]
+            fused, _ = _default_to_fused_or_foreach(examples, False, use_fused=True)
         if not all(states):
             without_state = [p for p, state in zip(with_grad, states, strict=True) if not state]
             new = {**group, "params": without_state, "fused": fused}
             # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
             torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
+            states = [self.state[p] for p in with_grad]
         # A loaded state may have it on the host.
         if fused and any(device.type != "cpu" for cls, device, dtype in kinds):
             for p, state in zip(with_grad, states, strict=True):
                 if state["step"].device != p.device:
                     state["step"] = state["step"].to(p.device)
-        params, grads = local_parts(with_grad), local_parts([grad for p, grad in pairs])
+        params, grads = local_parts(with_grad), local_parts(grads)
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = (
             local_parts([state[key] for state in states]) if group["amsgrad"] or key != "max_exp_avg_sq" else []
             for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
         )
         alike = [tensors for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if tensors]
         fused = fused and have_one_layout(alike)
-        grad_scale, clip = getattr(self, "grad_scale", None), self._decay_schedule._blocks.clipping.deferred
+        grad_scale = getattr(self, "grad_scale", None)
         if clip is not None:
             # The kernels divide by it, and take it as a float32.
             if fused and torch.float64 not in map(_DTYPE, grads):
@@ -223,7 +215,7 @@ class AdamS(torch.optim.AdamW):
                 grad_scale = inverse if grad_scale is None else grad_scale * inverse.to(grad_scale.device)
             else:
                 scale_(grads, clip)
-        if isinstance(decay, Tensor) and not decay.requires_grad:
+        if isinstance(decay, Tensor):
             self._decay_on_device(params, group["lr"], decay)
             decay = 0.0
         beta1, beta2 = group["betas"]
@@ -236,7 +228,7 @@ class AdamS(torch.optim.AdamW):
             **{key: group[key] for key in ("lr", "eps", "amsgrad", "maximize")},
         }
         kernel: Callable[..., None] = fused_adamw_on_cpu
-        if not (fused and len(kinds) == 1 and params[0].is_cpu) or group["differentiable"]:
+        if not (fused and len(kinds) == 1 and params[0].is_cpu):
             kernel = adamw
             options.update(fused=fused, has_complex=any(dtype.is_complex for cls, device, dtype in kinds))
             options.update({key: group[key] for key in ("foreach", "capturable", "differentiable")})
@@ -264,17 +256,12 @@ class AdamS(torch.optim.AdamW):
                 "an AdamS with a process_group cannot be copied or pickled: build another one and load this one's "
                 "state_dict()"
             )
-        self._decay_schedule._blocks.clipping.settle()
-        self._decay_schedule._complete_groups()
-        state = super().__getstate__()
-        # Numbers instead of views, of which pickle would write the whole vector each time.
-        return {**state, "state": defaultdict(dict, self._decay_schedule._blocks.saved_state(self.state))}
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_decay_schedule" not in self.__dict__:
-            options = {key: self.defaults[key] for key in OPTIONS if key in self.defaults}
-            self._decay_schedule = WeightDecaySchedule(self, **options)
+            self._decay_schedule = WeightDecaySchedule(self, **{key: self.defaults[key] for key in OPTIONS})
 
 
 _graph_capture_check = (

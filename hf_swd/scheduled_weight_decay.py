@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .core.group_state import NUMBERS, OPTIONS
 from .core.schedule import WeightDecaySchedule, schedule_of
-from .core.state_entries import STEP, SUM
 from .core.step_hooks import drive
-from .core.validation import check_number
+from .core.validation import check_options
 from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
@@ -40,6 +40,8 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             paper's schedule.
         unclipped_norm (`bool`, defaults to `False`): schedule by the norm that gradients had before clipping, as
             [`AdamS`] explains.
+        max_grad_norm (`float`, defaults to 0.0): clip the whole gradient to this 2-norm before each step; 0 clips
+            nothing, `inf` only measures.
         process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model.
 
     Raises:
@@ -61,6 +63,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
         beta2: float | None = None,
         reference_steps: int = 0,
         unclipped_norm: bool = False,
+        max_grad_norm: float = 0.0,
         process_group: ProcessGroup | None = None,
     ) -> None:
         while not isinstance(optimizer, torch.optim.Optimizer) or "optimizer" in optimizer.__dict__:
@@ -79,12 +82,13 @@ class ScheduledWeightDecay(WeightDecaySchedule):
                 '(in optim_args: "schedule_beta2=0.999")'
             )
         if beta2 is not None:
-            check_number("beta2", beta2, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
+            check_options({"beta2": beta2})
         super().__init__(
             optimizer,
             beta2=beta2,
             reference_steps=reference_steps,
             unclipped_norm=unclipped_norm,
+            max_grad_norm=max_grad_norm,
             process_group=process_group,
         )
         drive(self)
@@ -92,40 +96,19 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
         if schedule_of(self.optimizer) is self:
-            self._detach()
+            self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizer's own `state_dict()` holds of the schedule: `schedule_step` and `reference_steps` (int),
-        `unclipped_norm` (bool), `second_moment_mean`, `num_elements` and `reference_rms` (float), `sums` and `steps`
-        (float64 tensors of shape `(number of parameters,)`)."""
-        state_dict = self.optimizer.state_dict()
-        group = state_dict["param_groups"][0]
-        states = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
-        vectors = {
-            name: torch.tensor([state.get(key, 0.0) for state in states], dtype=torch.float64)
-            for name, key in (("sums", SUM), ("steps", STEP))
-        }
-        return {**{key: group[key] for key in self._shown}, **vectors}
+        """What the optimizer's own `state_dict()` holds of the schedule, in every parameter group: numbers and
+        options, as docs/algorithm.md lists them."""
+        group = self.optimizer.state_dict()["param_groups"][0]
+        return {key: group[key] for key in (*OPTIONS, *NUMBERS)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state written by [`state_dict`], before or after the optimizer's own is loaded.
-
-        Raises:
-            ValueError: it belongs to another number of parameters.
-        """
-        params = [p for group in self._groups for p in group["params"]]
-        if len(state_dict["sums"]) != len(params):
-            raise ValueError(
-                f"state_dict: it is of {len(state_dict['sums'])} parameters, the optimizer has {len(params)}"
-            )
-        for group in self._groups:
-            group.update({key: state_dict[key] for key in self._shown})
-        pairs = zip(state_dict["sums"].tolist(), state_dict["steps"].tolist(), strict=True)
-        for p, (total, step) in zip(params, pairs, strict=True):
-            state = self.optimizer.state.get(p)
-            if state:  # an optimizer takes a state that is not empty for complete
-                state[SUM], state[STEP] = total, step
-        self._loaded()
+        """Take over a state written by [`state_dict`], before or after the optimizer's own is loaded."""
+        for group in self.optimizer.param_groups:
+            group.update({key: state_dict[key] for key in (*OPTIONS, *NUMBERS)})
+        self.loaded()
 
 
 # The flag in parameter groups (of torch, optimi, pytorch_optimizer) and on the optimizer (of torchao, Apex).

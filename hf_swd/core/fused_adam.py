@@ -37,7 +37,7 @@ def fused_adamw_on_cpu(
     Args:
         options: `lr`, `weight_decay`, `eps`, `amsgrad`, `maximize` and `grad_scale` of that function.
     """
-    torch._foreach_add_(steps, [torch.tensor(1.0)] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(steps, [torch.tensor(1.0, device="cpu")] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         params,
         grads,

@@ -83,10 +83,21 @@ def squared_norms(tensors: list[Tensor]) -> Tensor:
 
     Returns:
         `Tensor`: shape `(len(tensors),)`, float64 (float32 on MPS), on the device of the first tensor. The relative
-        error is below 1e-6 for any size. No host synchronisation. Differentiable where gradients are enabled.
+        error is below 1e-6 for any size. No host synchronisation.
     """
+    return _power_sums(tensors, 2)
+
+
+def sums(tensors: list[Tensor]) -> Tensor:
+    """Sum of the elements of each tensor (of both parts of complex ones), none of which is negative; arguments, result
+    and error as [`squared_norms`]."""
+    return _power_sums(tensors, 1)
+
+
+def _power_sums(tensors: list[Tensor], power: int) -> Tensor:
+    """Sum of `|x|^power` over the elements of each tensor."""
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     device = tensors[0].device
     dtype = accumulation_dtype(device)
     tensors = local_parts(tensors)
@@ -94,30 +105,17 @@ def squared_norms(tensors: list[Tensor]) -> Tensor:
     if any(kind_dtype.is_complex for _, kind_dtype in kinds):
         tensors = [real_view(t) for t in tensors]
         kinds = by_kind(tensors)
-    if torch.is_grad_enabled():
-        return torch.stack([t.to(device, dtype).square().sum() for t in tensors])
 
-    squares: list[Tensor] = []
+    results: list[Tensor] = []
     for (kind_device, kind_dtype), indices in kinds.items():
         kind = tensors if len(kinds) == 1 else [tensors[i] for i in indices]
         if kind_device.type == "cpu":
-            of_kind = _squared_norms_on_cpu(kind)
+            of_kind = _power_sums_on_cpu(kind, power)
         else:
-            of_kind = torch.stack(torch._foreach_norm(kind, 2, torch.float32 if kind_dtype in HALF else None))  # pyright: ignore[reportPrivateImportUsage]
-            of_kind = of_kind.to(accumulation_dtype(kind_device)).square()
-        squares.append(of_kind.to(device, dtype, non_blocking=device.type != "cpu"))
-    return _in_order(squares, list(kinds.values()))
-
-
-def sums(tensors: list[Tensor]) -> Tensor:
-    """Sum of the elements of each tensor (of both parts of complex ones) in float64; arguments and result as
-    [`squared_norms`]."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    device = tensors[0].device
-    dtype = accumulation_dtype(device)
-    locals_ = [real_view(t) for t in local_parts(tensors)]
-    return torch.stack([t.sum(dtype=accumulation_dtype(t.device)).to(device, dtype) for t in locals_])
+            norms = torch._foreach_norm(kind, power, torch.float32 if kind_dtype in HALF else None)  # pyright: ignore[reportPrivateImportUsage]
+            of_kind = torch.stack(norms).to(accumulation_dtype(kind_device)) ** power
+        results.append(of_kind.to(device, dtype, non_blocking=device.type != "cpu"))
+    return _in_order(results, list(kinds.values()))
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -129,57 +127,60 @@ def _in_order(values: list[Tensor], indices: list[list[int]]) -> Tensor:
     """The vector that has the elements of each of the vectors `values` at the places `indices`."""
     if len(values) == 1:
         return values[0]
-    places = torch.tensor([i for part in indices for i in part]).to(values[0].device, non_blocking=True)
+    places = torch.tensor([i for part in indices for i in part], device="cpu").to(values[0].device, non_blocking=True)
     joined = torch.cat(values)
     return torch.empty_like(joined).index_copy_(0, places, joined)
 
 
-def _squared_norms_on_cpu(tensors: list[Tensor]) -> Tensor:
+def _power_sums_on_cpu(tensors: list[Tensor], power: int) -> Tensor:
     """Of real tensors of one dtype."""
     half = tensors[0].dtype in HALF
     shapes: dict[torch.Size, list[int]] = defaultdict(list)
     for i, shape in enumerate(map(_SHAPE, tensors)):
         shapes[shape].append(i)
-    squares: list[Tensor] = []
+    results: list[Tensor] = []
     for shape, indices in shapes.items():
         numel = shape.numel()
         if numel > _SHORT:
-            squares.append(torch.stack([_squared_norm_of_long(tensors[i]) for i in indices]))
+            results.append(torch.stack([_power_sum_of_long(tensors[i], power) for i in indices]))
             continue
         # Beside others of its shape, so that an operator is called for many.
         size = _ROW * _SLICE_ROWS // max(numel, 1)
         for chunk in (indices[start : start + size] for start in range(0, len(indices), size)):
             table = torch.stack([tensors[i] for i in chunk]).reshape(len(chunk), numel)
-            squares.append(_squared_norms_of_rows(table.float() if half else table))
-    return _in_order(squares, [*shapes.values()])
+            results.append(_power_sums_of_rows(table.float() if half else table, power))
+    return _in_order(results, [*shapes.values()])
 
 
-def _squared_norm_of_long(tensor: Tensor) -> Tensor:
+def _power_sum_of_long(tensor: Tensor, power: int) -> Tensor:
     if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
         size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
-        return torch.stack([_squared_norm_of_long(piece.contiguous()) for piece in torch.split(tensor, size)]).sum()
+        pieces = torch.split(tensor, size)
+        return torch.stack([_power_sum_of_long(piece.contiguous(), power) for piece in pieces]).sum()
     flat = _in_memory_order(tensor).view(-1)
     rows, tail = divmod(flat.numel(), _ROW)
     table = flat.as_strided((rows, _ROW), (_ROW, 1))
     half = tensor.dtype in HALF
     norms = [
-        torch.linalg.vector_norm(part.float() if half else part, dim=1)
+        torch.linalg.vector_norm(part.float() if half else part, power, dim=1)
         for part in (torch.split(table, _SLICE_ROWS) if half else [table])
     ]
     if tail:
-        norms.append(flat[rows * _ROW :].to(norms[0].dtype))
-    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms) if len(norms) > 1 else norms[0], dtype=torch.float64)
-    return norm.square()
+        norms.append(flat[rows * _ROW :].abs().to(norms[0].dtype))
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.cat(norms) if len(norms) > 1 else norms[0], power, dtype=torch.float64
+    )
+    return norm**power
 
 
-def _squared_norms_of_rows(table: Tensor) -> Tensor:
-    """Squared norm of each row of a matrix, in float64."""
+def _power_sums_of_rows(table: Tensor, power: int) -> Tensor:
+    """For each row of a matrix, in float64."""
     rows, tail = divmod(table.shape[1], _ROW)
     pieces = table[:, : rows * _ROW].view(len(table), rows, _ROW)
-    squares: Tensor = torch.linalg.vector_norm(pieces, dim=2).double().square_().sum(1)
+    results: Tensor = torch.linalg.vector_norm(pieces, power, dim=2).double().pow_(power).sum(1)
     if tail:
-        squares += torch.linalg.vector_norm(table[:, rows * _ROW :], dim=1).double().square_()
-    return squares
+        results += torch.linalg.vector_norm(table[:, rows * _ROW :], power, dim=1).double().pow_(power)
+    return results
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

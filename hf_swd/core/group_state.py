@@ -5,62 +5,74 @@
 | `weight_decay` | the effective decay of the last step (before the first, and in a checkpoint: the user's) |
 | `initial_weight_decay` | the user's lambda |
 | `scheduled_weight_decay` | what the schedule wrote last: anything else in `weight_decay` is the user's new lambda |
-| `reference_steps` | K of the calibration |
-| `unclipped_norm` | whether the schedule follows the gradients before clipping |
+| `reference_steps`, `unclipped_norm`, `max_grad_norm` | options of [`AdamS`] |
 | `schedule_step` | steps of the schedule; this and the next three are of the whole model, the same in all groups |
 | `second_moment_mean` | the mean of the bias-corrected second moment at the last step |
-| `num_elements` | number of scalars that it was over |
-| `reference_rms` | gradient rms of step K |
-| `second_moment_sum`, `second_moment_step` | only under DeepSpeed ZeRO: the running sum of the whole model |
+| `reference_rms` | gradient rms of step `reference_steps` |
+| `tried_steps` | steps, skipped ones (overflow) included: every 100th reads Adam's moments |
+
+The numbers are 0-d tensors while training, and plain numbers in a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .recurrence import Numbers
 
-OPTIONS = ("reference_steps", "unclipped_norm")
-_MARK = "schedule_step"
+
+OPTIONS = ("reference_steps", "unclipped_norm", "max_grad_norm")
+NUMBERS: dict[str, Any] = {**dict.fromkeys(Numbers._fields, 0.0), "schedule_step": 0, "tried_steps": 0}
 _DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
+_MARK = "schedule_step"
+# What hf_swd 0.1.0 wrote beside these, into groups and states.
+_OF_0_1_0 = ("num_elements", "second_moment_sum", "second_moment_step")
 
 Group = dict[str, Any]
 
 
-def complete(groups: Sequence[Group], shown: Mapping[str, Any]) -> None:
-    """Give groups that were added, or loaded, what they lack: what other groups hold, else what was `shown` last."""
-    holder = next((group for group in groups if _MARK in group), shown)
-    shared = {key: holder[key] for key in shown if key in holder}
+def complete(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
+    """Give groups that were added, or loaded, what they lack: what other groups hold, else what a new run has."""
+    if all("tried_steps" in group for group in groups):
+        return
+    first = {**{key: defaults[key] for key in OPTIONS}, **NUMBERS}
+    shared = {key: value_in(groups, key, value) for key, value in first.items()}
     for group in groups:
-        if _MARK not in group:
-            group.update(shared)
-        for key, value in dict.fromkeys(_DECAYS, group["weight_decay"]).items():
+        for key, value in (*shared.items(), *dict.fromkeys(_DECAYS, group["weight_decay"]).items()):
             group.setdefault(key, value)
 
 
-def remove(group: Group, keys: Iterable[str]) -> None:
-    """Undo [`complete`]: the group gets the user's decay back."""
-    decay = user_decay(group)
-    for key in (*_DECAYS, *keys):
-        group.pop(key, None)
-    group["weight_decay"] = decay
-
-
-def read(groups: Iterable[Group], key: str, default: Any = 0) -> Any:
+def value_in(groups: Sequence[Group], key: str, default: Any = 0) -> Any:
     """Value that all groups share; `default` where none has it."""
     return next((group[key] for group in groups if key in group), default)
 
 
-def numbers_from_elsewhere(groups: Iterable[Group], entries: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
-    """The first group in which someone else than the schedule, which shows `entries`, has put these numbers; `None` if
-    a group still shows them, or none has any."""
-    holders = [group for group in groups if _MARK in group]
-    if not holders or any(group[_MARK] is entries[_MARK] for group in holders):
-        return None
-    return holders[0]
+def numbers_in(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Numbers:
+    """The schedule's numbers, as tensors."""
+    values = (groups[0][key] for key in Numbers._fields)
+    return Numbers(
+        *(
+            value.to(device, dtype) if isinstance(value, Tensor) else torch.tensor(value, device=device, dtype=dtype)
+            for value in values
+        )
+    )
+
+
+def write_numbers(groups: Sequence[Group], numbers: Numbers, tried_steps: int) -> None:
+    """Show what is known after a step. In place where that is possible: a captured CUDA graph must find its state
+    where it left it."""
+    for key, value in numbers._asdict().items():
+        held = groups[0][key]
+        can_hold = isinstance(held, Tensor) and held.device == value.device and held.dtype == value.dtype
+        if can_hold and held.is_inference() == torch.is_inference_mode_enabled():
+            value = held.copy_(value)
+        for group in groups:
+            group.update({key: value, "tried_steps": tried_steps})
 
 
 def user_decay(group: Group) -> Any:
@@ -88,42 +100,58 @@ def write_decay(group: Group, decay: float | Tensor) -> None:
     group["weight_decay"] = group["scheduled_weight_decay"] = decay
 
 
-def as_saved(group: Group, keys: Iterable[str]) -> Group:
-    """A group as it stands in a checkpoint: plain numbers, and the user's lambda, with which any AdamW can go on."""
-    saved = {**group, **dict.fromkeys(_DECAYS, user_decay(group))}
-    saved.update((key, float(saved[key])) for key in keys if key in saved and key not in OPTIONS)
-    if _MARK in saved:
-        saved[_MARK] = int(saved[_MARK])
+def remove(group: Group) -> None:
+    """Give the group the user's decay back, and take out what the schedule has put there."""
+    decay = user_decay(group)
+    for key in (*_DECAYS, *OPTIONS, *NUMBERS):
+        group.pop(key, None)
+    group["weight_decay"] = decay
+
+
+def as_saved(groups: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
+    """Groups as they stand in a checkpoint: plain numbers, and the user's lambda, with which any AdamW can go on."""
+    saved = [dict(group) for group in groups]
+    complete(saved, defaults)
+    for group in saved:
+        group.update(dict.fromkeys(_DECAYS, user_decay(group)))
+        group.update((key, type(first)(group[key])) for key, first in NUMBERS.items())
     return saved
 
 
-def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], keys: Iterable[str]) -> list[Group]:
+def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], defaults: Mapping[str, Any]) -> list[Group]:
     """
     Groups of a checkpoint as the schedule loads them.
 
     Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are.
-    Where the effective decay was saved (before hf_swd 0.1.0, or by an engine that saves groups as they are in memory),
-    lambda stands beside it.
+    Where the effective decay was saved (by an engine that saves groups as they are in memory), lambda stands beside it.
     """
-    foreign = not any(_MARK in group for group in saved)
     if len(own) != len(saved):
         return list(saved)  # torch says what is wrong
+    own = [dict(group) for group in own]
+    complete(own, defaults)
+    is_foreign = not any(_MARK in group for group in saved)
     groups = []
     for mine, group in zip(own, saved, strict=True):
         # torch.distributed.checkpoint completes another optimizer's groups by ours as they are before the first step.
         is_completed = not group.get(_MARK) and not _is_scheduled(group)
-        decay = user_decay(mine if foreign or is_completed else group)
-        rest = {**dict.fromkeys(keys, 0), **{key: mine[key] for key in OPTIONS}} if foreign else {}
-        groups.append({**group, **rest, **dict.fromkeys(_DECAYS, decay)})
+        decay = user_decay(mine if is_foreign or is_completed else group)
+        lacking = {**{key: mine[key] for key in OPTIONS}, **(NUMBERS if is_foreign else {})}
+        known = {key: value for key, value in group.items() if key not in _OF_0_1_0}
+        groups.append({**lacking, **known, **dict.fromkeys(_DECAYS, decay)})
     return groups
 
 
-def has_effective_decay(group: Mapping[str, Any]) -> bool:
-    """Whether a saved group is as it was in memory, with the effective decay in `weight_decay`."""
-    return _MARK in group and _is_scheduled(group) and group["weight_decay"] != group.get("initial_weight_decay")
+def without_old_entries(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states of a checkpoint without what hf_swd 0.1.0 kept there."""
+    return {
+        param: {key: value for key, value in values.items() if key not in _OF_0_1_0}
+        if isinstance(values, Mapping)
+        else values
+        for param, values in state.items()
+    }
 
 
-def _is_scheduled(group: Mapping[str, Any]) -> bool:
+def _is_scheduled(group: Group) -> bool:
     value, scheduled = group["weight_decay"], group.get("scheduled_weight_decay")
     if value is scheduled:
         return True

@@ -1,151 +1,116 @@
 """The mean second moment of a whole model by recurrence, and the factor that it gives the weight decay.
 
-Plain arithmetic on vectors, one element per *block*: a parameter, or the whole model where only one norm is known.
-Nothing here knows of optimizers.
+    mean_t = old_t * mean_(t-1) + new_t * ||g_t||^2 / N
+    old_t  = beta2 * (1 - beta2^(t-1)) / (1 - beta2^t)         new_t = (1 - beta2) / (1 - beta2^t)
+    factor = r / sqrt(mean_t)                                  r = 1, or sqrt(mean) of step `reference_steps`
+
+It is the moving average of Adam's second moment, summed over all N elements and corrected for its bias. Plain
+arithmetic on 0-d tensors: nothing here knows of optimizers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class RunningSums:
+class Numbers(NamedTuple):
+    """What the schedule carries from step to step, 0-d tensors of float64 (float32 on MPS): the keys of the parameter
+    groups that hold them."""
+
+    schedule_step: Tensor
+    """Steps so far, but for those before the first gradient that was not zero."""
+    second_moment_mean: Tensor
+    """Mean of the bias-corrected second moment at the last step, over every element that had a gradient."""
+    reference_rms: Tensor
+    """r of the calibration; 0 while it is not known."""
+
+
+class Reading(NamedTuple):
+    """What Adam's own moments say in a step that reads them, 0-d tensors."""
+
+    old_mean: Tensor
+    """In the place of `old_t * mean_(t-1)`."""
+    new_mean: Tensor
+    """In the place of `new_t * ||g_t||^2 / N`."""
+    step: Tensor
+    """Adam's step count, this step included: a mean over the elements, if parameters differ."""
+    is_complete: Tensor | bool
+    """Whether every rank has read; otherwise the reading says nothing."""
+    tolerance: float
+    """Relative difference up to which the recurrence is right; 0 where it does not hold."""
+
+
+class StepTotals(NamedTuple):
+    """What one step brings, of all gradients of the model together: numbers or 0-d tensors."""
+
+    squared_norm: Tensor
+    """Before clipping."""
+    num_elements: Tensor
+    old_weight: float | Tensor
+    """`old_t` of the module's formula."""
+    new_weight: float | Tensor
+    """`new_t`."""
+    reading: Reading | None = None
+    is_skipped: Tensor | bool = False
+    """Whether the optimizer will leave this step out (an overflow)."""
+
+
+def recurrence_weights(beta2: float | Tensor, step: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """`old_t` and `new_t` of the module's formula at step t, counted from 1."""
+    correction = 1 - beta2**step
+    return beta2 * (1 - beta2 ** (step - 1)) / correction, (1 - beta2) / correction
+
+
+def advance(before: Numbers, totals: StepTotals, *, clip: Tensor | None, reference_steps: int) -> Numbers:
     """
-    What is known of the blocks, each tensor of shape `(blocks,)`, float64 (float32 on MPS).
+    The numbers after a step.
 
     Args:
-        sums: S_p, the sum of the second moment over the elements of each block.
-        steps: t_p, the number of steps in it.
-        counts: n_p, the number of elements.
+        before: the numbers before it.
+        totals: its gradients.
+        clip (0-d `Tensor`, *optional*): what the gradients are multiplied by before Adam sees them, if the mean is to
+            be of clipped gradients.
+        reference_steps: the step whose gradient rms becomes r; 0 for r = 1.
     """
-
-    def __init__(self, sums: Tensor, steps: Tensor, counts: Tensor) -> None:
-        self.sums, self.steps, self.counts = sums, steps, counts
-
-
-@dataclass(frozen=True)
-class Measured:
-    """
-    What a step brings for each block.
-
-    Args:
-        squares (`Tensor`, shape `(blocks,)`): squared norm of the gradient; 0 where there is none.
-        with_grad (`Tensor`, bool, shape `(blocks,)`, *optional*): the blocks that have a gradient; by default all.
-        at_least (`Tensor`, shape `(blocks,)`, *optional*): what the sums are at least in the mean (AMSGrad's maximum).
-        skipped (`Tensor`, bool, 0-d, *optional*): if true, the step will not be made (an overflow).
-    """
-
-    squares: Tensor
-    with_grad: Tensor | None = None
-    at_least: Tensor | None = None
-    skipped: Tensor | None = None
-
-
-class SecondMomentMean:
-    r"""
-        S_p   <- beta2 * S_p + (1 - beta2) * ||g_p||^2         for every block p with a gradient; t_p <- t_p + 1
-        mean   = sum_p S_p / (1 - beta2^t_p) / sum_p n_p       over the blocks with a gradient at this step
-        factor = r / sqrt(mean)                                r = 1, or sqrt(mean) of step `reference_steps`
-
-    S_p is the sum of Adam's second moment over the n_p elements of the block: the moment is an elementwise moving
-    average of g^2, so its sum is the same moving average of ||g_p||^2.
-
-    Args:
-        step (`float`): steps seen so far, not counting those before the first gradient that was not zero.
-        mean (`float`): bias-corrected mean second moment at the last of them.
-        num_elements (`float`): number of elements (of all ranks) that it was the mean of.
-        reference (`float`): r, 0.0 while it is not known.
-
-    As attributes they are 0-d tensors, float64 (float32 on MPS).
-    """
-
-    def __init__(self, step: float = 0, mean: float = 0, num_elements: float = 0, reference: float = 0) -> None:
-        scalars = (torch.tensor(float(value), dtype=torch.float64) for value in (step, mean, num_elements, reference))
-        self.step, self.mean, self.num_elements, self.reference = scalars
-
-    def advance(
-        self,
-        blocks: RunningSums,
-        beta2: Tensor,
-        measured: Measured,
-        *,
-        total: Callable[[Tensor], Tensor],
-        reference_steps: int = 0,
-    ) -> None:
-        """
-        Take in one step.
-
-        Args:
-            blocks (`RunningSums`): changed in place, unless gradients are to flow through the step: then its tensors
-                are replaced.
-            beta2 (`Tensor`, shape `(blocks,)`): decay rate of each block's moment.
-            measured (`Measured`): the gradients.
-            total (`Callable`): from the `(blocks, 2)` addends of the two sums of the mean to the sums over the model.
-            reference_steps (`int`): the step whose gradient rms becomes r; 0 for r = 1.
-        """
-        self._move_to(blocks.sums)
-        sums = beta2 * blocks.sums + (1 - beta2) * measured.squares
-        steps = blocks.steps + 1
-        if measured.with_grad is not None:
-            sums = torch.where(measured.with_grad, sums, blocks.sums)
-            steps = torch.where(measured.with_grad, steps, blocks.steps)
-        averaged = sums if measured.at_least is None else torch.maximum(sums, measured.at_least)
-        mean, num_elements = _mean_of(averaged, steps, blocks.counts, beta2, measured.with_grad, total)
-        step = self.step + (mean != 0)
-        reference = self.reference
-        if reference_steps:
-            is_due = (reference == 0) & (step >= reference_steps) & (mean > 0) & (mean < math.inf)
-            reference = torch.where(is_due, mean.sqrt(), reference)
-
-        keep = num_elements == 0
-        if measured.skipped is not None:
-            keep = keep | measured.skipped
-        may_keep = keep.device.type != "cpu" or bool(keep)  # asking would make the host wait for an accelerator
-        for owner, name, after in (
-            (blocks, "sums", sums),
-            (blocks, "steps", steps),
-            (self, "mean", mean),
-            (self, "num_elements", num_elements),
-            (self, "step", step),
-            (self, "reference", reference),
-        ):
-            before = getattr(owner, name)
-            if may_keep:
-                after = torch.where(keep, before, after)
-            if torch.is_grad_enabled():
-                setattr(owner, name, after)
-            else:
-                before.copy_(after)  # a captured CUDA graph must find its state where it left it
-
-    def factor(self, calibrated: bool) -> Tensor:
-        """What the user's decay is multiplied by, 0-d: 1 while r is to come; 0 if every gradient so far was zero."""
-        rms = self.mean.sqrt()
-        factor = torch.where(self.reference == 0, 1.0, self.reference / rms) if calibrated else 1 / rms
-        return torch.where(self.mean == 0, 0.0, factor)
-
-    def _move_to(self, like: Tensor) -> None:
-        if self.mean.device != like.device or self.mean.dtype != like.dtype:
-            for name in ("step", "mean", "num_elements", "reference"):
-                setattr(self, name, getattr(self, name).to(like))
+    step, mean, reference = before
+    old_mean = totals.old_weight * mean
+    new_mean = totals.new_weight * totals.squared_norm / totals.num_elements.clamp(min=1)
+    if totals.reading is not None:
+        read = totals.reading
+        difference = (old_mean - read.old_mean).abs()
+        is_right = ~torch.as_tensor(read.is_complete, device=mean.device)
+        if read.tolerance:
+            is_right = is_right | (difference <= read.tolerance * read.old_mean)
+            # Before this step; what stays if the step is skipped, as the next one need not read.
+            mean = torch.where(is_right | (old_mean == read.old_mean), mean, read.old_mean / totals.old_weight)
+        # After another optimizer's moments, its steps count.
+        step = torch.where((step == 0) & (read.old_mean > 0), (read.step - 1).round(), step)
+        old_mean = torch.where(is_right, old_mean, read.old_mean)
+        new_mean = torch.where(is_right, new_mean, read.new_mean)
+    if clip is not None:
+        # Where the norm is infinite, what clipping leaves of the gradients is 0.
+        new_mean = torch.where(totals.squared_norm == math.inf, 0.0, new_mean * clip.square())
+    after = old_mean + new_mean
+    next_step = step + (after != 0)
+    if reference_steps:
+        is_due = (reference == 0) & (next_step >= reference_steps) & (after > 0) & (after < math.inf)
+        next_reference = torch.where(is_due, after.sqrt(), reference)
+    else:
+        next_reference = reference
+    keep = (totals.num_elements == 0) | torch.as_tensor(totals.is_skipped, device=mean.device)
+    return Numbers(
+        torch.where(keep, step, next_step),
+        torch.where(keep, mean, after),
+        torch.where(keep, reference, next_reference),
+    )
 
 
-def _mean_of(
-    sums: Tensor,
-    steps: Tensor,
-    counts: Tensor,
-    beta2: Tensor,
-    with_grad: Tensor | None,
-    total: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Mean of the bias-corrected second moments over the blocks `with_grad`, and its number of elements; both 0-d."""
-    # Where t_p = 0 there is nothing to correct, and nothing to divide by.
-    addends = torch.stack([sums / (1 - beta2.pow(steps.clamp(min=1))), counts], dim=1)
-    if with_grad is not None:
-        addends = torch.where(with_grad.unsqueeze(1), addends, 0.0)
-    sum_of_moments, num_elements = total(addends).unbind()
-    return sum_of_moments / num_elements.clamp(min=1), num_elements
+def decay_factor(numbers: Numbers, *, calibrated: bool) -> Tensor:
+    """What the user's decay is multiplied by, 0-d: 1 while r is to come; 0 if every gradient so far was zero."""
+    reference, rms = numbers.reference_rms, numbers.second_moment_mean.sqrt()
+    factor = torch.where(reference == 0, 1.0, reference / rms) if calibrated else 1 / rms
+    return torch.where(rms == 0, 0.0, factor)

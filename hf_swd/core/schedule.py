@@ -1,4 +1,4 @@
-"""Scheduled weight decay on an optimizer. A step: take in what has changed, measure, advance, write the decay."""
+"""Scheduled weight decay on an optimizer. A step: measure the gradient, advance the mean, write the decay."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import math
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import group_state
-from .blocks import Blocks, ParameterBlocks
-from .recurrence import SecondMomentMean
-from .validation import check_flag, check_number, check_process_group, check_reference_steps
+from .clipping import clip_factor, scale_
+from .grad_norm import accumulation_dtype
+from .gradients import GradientSource, GroupGradients, ParameterGradients, with_gradients
+from .recurrence import Numbers, StepTotals, advance, decay_factor
+from .sharding import Shard
+from .validation import check_options, check_process_group
 
 
 if TYPE_CHECKING:
@@ -25,13 +28,6 @@ if TYPE_CHECKING:
 
 # Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
 _LARGEST_DECAY = 1.0 - 2.0**-52
-# Keys in the parameter groups, and what they show of a SecondMomentMean.
-_NUMBERS = {
-    "schedule_step": "step",
-    "second_moment_mean": "mean",
-    "num_elements": "num_elements",
-    "reference_rms": "reference",
-}
 
 
 def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
@@ -46,24 +42,42 @@ def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
     return None
 
 
+class ScheduledStep(NamedTuple):
+    """What an optimizer needs for a step of its parameters."""
+
+    groups: list[GroupGradients]
+    decays: list[float | Tensor]
+    """The effective decay of each parameter group, at most 1/lr: a number, or a 0-d tensor on an accelerator."""
+    clip: Tensor | None
+    """What the gradients must be multiplied by first, 0-d."""
+
+
+class _Gradient(NamedTuple):
+    """The gradient of the coming step, measured."""
+
+    totals: StepTotals
+    clip: Tensor | None
+
+
 class WeightDecaySchedule:
     """
-    Drives the weight decay of one optimizer: `decay = lambda * factor`, with the factor of [`SecondMomentMean`].
+    Drives the weight decay of one optimizer: `decay = lambda * factor`, with [`decay_factor`].
 
-    [`AdamS.schedule`], [`ScheduledWeightDecay`] and [`attach`] give it; it is not built by hand.
+    [`AdamS.schedule`], [`ScheduledWeightDecay`] and [`attach`] give it; it is not built by hand. All that it carries
+    from step to step stands in the parameter groups (`group_state.py`).
 
     Args:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
-        beta2, reference_steps, unclipped_norm, process_group: see [`ScheduledWeightDecay`].
+        beta2, reference_steps, unclipped_norm, max_grad_norm, process_group: see [`ScheduledWeightDecay`].
 
-    A checkpoint that is loaded brings its own `reference_steps` and `unclipped_norm`.
+    A checkpoint that is loaded brings its own `reference_steps`, `unclipped_norm` and `max_grad_norm`.
 
     References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
     """
 
-    # Whether the optimizer takes the decay as a number, for which the host must wait for an accelerator; None: if the
-    # weights are on the CPU.
-    _decay_on_host: bool | None = None
+    decay_on_host: bool | None = None
+    """Whether the optimizer takes the decay as a number, for which the host must wait for an accelerator; `None`: if
+    the weights are on the CPU."""
 
     def __init__(
         self,
@@ -72,31 +86,36 @@ class WeightDecaySchedule:
         beta2: float | None = None,
         reference_steps: int = 0,
         unclipped_norm: bool = False,
+        max_grad_norm: float = 0.0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        check_reference_steps(reference_steps)
-        check_flag("unclipped_norm", unclipped_norm)
+        options = {
+            "reference_steps": reference_steps,
+            "unclipped_norm": unclipped_norm,
+            "max_grad_norm": max_grad_norm,
+        }
+        check_options(options)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
         self._warned_cap = False
-        self._shown: dict[str, Any] = {}
-        self._model_params = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
-        """The parameters that the optimizer was built for; an engine may have put others in their place."""
+        self._clip_counts: tuple[Tensor | int, int] = (0, 0)
+        self._grad_norm: Tensor | float = 0.0
+        self._num_elements: Tensor | int = 0
+        self._awaited: _Gradient | None = None
+        """Measured by [`clip_in_step`], for the step that comes next."""
+        self._next: tuple[Numbers, int, Tensor | None] | None = None
+        """The numbers after the step under way, the steps tried then, and how its gradients are clipped."""
+        self.source: GradientSource = ParameterGradients(optimizer, beta2=beta2, process_group=process_group)
         # As torch's own options: groups that are added take them from here.
-        optimizer.defaults.update(reference_steps=reference_steps, unclipped_norm=unclipped_norm)
+        optimizer.defaults.update(options)
         optimizer.__dict__["_decay_schedule"] = self  # see schedule_of
-        first = {**dict.fromkeys(_NUMBERS, 0), "reference_steps": reference_steps, "unclipped_norm": unclipped_norm}
-        for group in optimizer.param_groups:
-            for key, value in first.items():
-                group.setdefault(key, value)
-        self._use(ParameterBlocks(optimizer, beta2=beta2, process_group=process_group))
-        self._complete_groups()
-        self._handles = [
-            optimizer.register_state_dict_pre_hook(lambda _: self._complete_groups()),
-            optimizer.register_state_dict_post_hook(lambda _, state_dict: self._save(state_dict)),
+        group_state.complete(optimizer.param_groups, optimizer.defaults)
+        self.hooks = [
+            optimizer.register_state_dict_post_hook(lambda _, state_dict: self.as_saved(state_dict)),
             optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._adapt(state_dict)),
-            optimizer.register_load_state_dict_post_hook(lambda _: self._loaded()),
+            optimizer.register_load_state_dict_post_hook(lambda _: self.loaded()),
         ]
+        """Handles of the hooks on the optimizer."""
 
     # Reading
 
@@ -111,54 +130,78 @@ class WeightDecaySchedule:
     def grad_rms(self) -> float:
         """sqrt of the mean second moment over the whole model at the last step; 0.0 before the first. Reading it makes
         the host wait for an accelerator."""
-        return math.sqrt(self._mean.mean.detach())
+        return math.sqrt(self._read("second_moment_mean"))
+
+    @property
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient before clipping, at the last step that clipped (`max_grad_norm`) or measured it
+        for a Trainer; 0.0 before the first. Makes the host wait."""
+        return float(self._grad_norm)
 
     @property
     def step_count(self) -> int:
         """Optimizer steps that the schedule has seen; skipped steps (overflow) do not count, nor do those before the
         first gradient that was not zero."""
-        return int(self._mean.step)
+        return int(self._read("schedule_step"))
 
     @property
     def num_elements(self) -> int:
-        """Number of scalars, of all ranks, that the last step's mean was over."""
-        return int(self._mean.num_elements)
+        """Number of scalars, of all ranks, that the last step's mean was over; 0 before the first."""
+        return int(self._num_elements)
 
     @property
     def reference_rms(self) -> float:
         """The gradient rms of step `reference_steps`, 0.0 until then."""
-        return float(self._mean.reference.detach())
+        return float(self._read("reference_rms"))
 
     @property
     def reference_steps(self) -> int:
         """K of the calibration; 0 for the paper's schedule."""
-        steps: int = group_state.read(self._groups, "reference_steps")
+        steps: int = self._read("reference_steps")
         return steps
 
     @property
     def unclipped_norm(self) -> bool:
         """Whether the schedule follows the norm that gradients had before clipping."""
-        return bool(group_state.read(self._groups, "unclipped_norm"))
+        return bool(self._read("unclipped_norm"))
+
+    @property
+    def max_grad_norm(self) -> float:
+        """What each step clips the whole gradient to; 0.0: it does not."""
+        return float(self._read("max_grad_norm"))
 
     @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose optimizers hold disjoint parts of the model."""
-        return self._blocks.process_group
+        return self.source.process_group
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         """The parameter groups as they are now: engines replace them."""
         return self.optimizer.param_groups
 
+    def _read(self, key: str) -> Any:
+        value = group_state.value_in(self._groups, key)
+        return value.detach() if isinstance(value, Tensor) else value
+
     def clip_statistics(self) -> tuple[int, int]:
-        """How many calls of [`clip_grad_norm_`] have clipped, and how many there were. Makes the host wait."""
-        return self._blocks.clipping.statistics()
+        """How many times gradients were clipped, and how many times they were looked at for it. Makes the host wait."""
+        clipped, looks = self._clip_counts
+        return int(clipped), looks
 
     # One step
 
+    def refresh(self) -> None:
+        """Have the next step read Adam's moments, after their numbers were changed in place. (It is not needed after a
+        checkpoint is loaded or moments are replaced, and every 100th step reads them anyway.)"""
+        self.source.refresh()
+
+    @_disable_dynamo
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """
-        Clip the gradients in place to a total 2-norm, and keep the norm for the step, which need not read them then.
+        Clip the gradients in place to a total 2-norm, right for any sharding. (With the option `max_grad_norm` the step
+        does so itself, and reads the gradients once instead of twice.)
 
         Args:
             max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
@@ -168,76 +211,116 @@ class WeightDecaySchedule:
 
         Raises:
             TypeError, ValueError: `max_norm` is not a positive number.
-            RuntimeError: under DeepSpeed ZeRO, which clips by itself.
+            RuntimeError: under DeepSpeed ZeRO, which clips by itself; a gradient is sparse.
         """
-        return self._clip(max_norm, defer=False)
+        check_options({"max_norm": max_norm})
+        groups = with_gradients(self.optimizer)
+        norm = self.source.norm(groups)
+        clip = self._clip_factor(norm, max_norm)
+        if clip is not None:
+            scale_([grad for group in groups for grad in group.grads], clip)
+        return norm.float()
 
     @_disable_dynamo
     @torch.no_grad()
-    def _clip(self, max_norm: float, *, defer: bool) -> Tensor:
-        """[`clip_grad_norm_`], or with `defer` only its measuring: the optimizer must then scale by
-        `clipping.deferred` in the step."""
-        check_number(
-            "max_norm", max_norm, "a positive norm (for no clipping, leave this call out)", lambda norm: norm > 0
-        )
-        self._take_in()
-        return self._blocks.clip(max_norm, defer=defer, unclipped=self.unclipped_norm)
+    def clip_in_step(self, max_norm: float) -> Tensor:
+        """[`clip_grad_norm_`] that leaves the scaling to the step, for a caller who goes on to `step()` before anyone
+        can look at a gradient. [`forget_clipping`] takes it back."""
+        check_options({"max_norm": max_norm})
+        if self._reads_scaled_gradients():
+            return self.clip_grad_norm_(max_norm)
+        self._awaited = self._measure(with_gradients(self.optimizer), max_norm)
+        return torch.as_tensor(self._grad_norm).float()
+
+    def forget_clipping(self) -> None:
+        """The step that was to follow [`clip_in_step`] does not come."""
+        self._awaited = None
 
     @_disable_dynamo
-    def _before_step(self) -> list[float | Tensor]:
+    @torch.no_grad()
+    def begin_step(self) -> ScheduledStep:
         """
-        Take in the gradients of one optimizer step, before the step changes any weight.
-
-        Returns:
-            `list[float | Tensor]`: the effective decay of each parameter group, at most 1/lr. A number where the
-            weights are on the CPU (a 0-d tensor with a graph in a differentiable optimizer), else a 0-d tensor. It is
-            also written to `group["weight_decay"]`.
+        Take in the gradients of one optimizer step, before it changes any weight, and write the decay to
+        `group["weight_decay"]`. [`end_step`] must follow when the step is made.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse; with `unclipped_norm` the norm before clipping is not known.
         """
-        begins = self._blocks.begins_step()
-        self._take_in(begins)
-        if begins:
-            measured = self._blocks.measure(unclipped=self.unclipped_norm)
-            if measured is None:
-                return [group["weight_decay"] for group in self._groups]
-            self._mean.advance(
-                self._blocks.running,
-                self._blocks.beta2(),
-                measured,
-                total=self._blocks.total,
-                reference_steps=self.reference_steps,
-            )
-            self._show()
-        return self._write_decay()
-
-    def _take_in(self, begins: bool = True) -> None:
-        """Whatever has happened to groups and state since the last step."""
-        self._complete_groups()
-        groups = self._groups
-        for group in groups:
+        groups = with_gradients(self.optimizer)
+        group_state.complete(self._groups, self.optimizer.defaults)
+        for group in self._groups:
             group_state.adopt_assignment(group)
-        if begins:
-            loaded = group_state.numbers_from_elsewhere(groups, self._shown)
-            if loaded is not None:
-                self._restart(loaded)
-            self._blocks.follow(loaded, self._mean)
-        self._show()
+        clip = None
+        if self.source.begins_step():
+            gradient, self._awaited, self._next = self._awaited, None, None
+            if gradient is None:
+                gradient = self._measure_in_step(groups)
+            if gradient is None:
+                return ScheduledStep(groups, [group["weight_decay"] for group in self._groups], None)
+            totals, clip = gradient
+            seen_by_schedule = None if self.unclipped_norm else clip
+            numbers = advance(self._numbers(), totals, clip=seen_by_schedule, reference_steps=self.reference_steps)
+            self._next = numbers, self._read("tried_steps") + 1, clip
+            self._num_elements = totals.num_elements
+        assert self._next is not None, "the first step of an engine has measured"
+        return ScheduledStep(groups, self._write_decay(self._next[0]), clip)
 
-    def _write_decay(self) -> list[float | Tensor]:
-        scalar = self._mean.factor(calibrated=self.reference_steps > 0)
-        on_host = scalar.device.type == "cpu" if self._decay_on_host is None else self._decay_on_host
-        factor = scalar.item() if on_host and not scalar.requires_grad else scalar
-        groups = self._groups
-        decays = [self._effective(group, factor) for group in groups]
-        for group, decay in zip(groups, decays, strict=True):
-            group_state.write_decay(
-                group, decay.item() if isinstance(decay, Tensor) and decay.requires_grad else decay
-            )
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """The step is made, and counts from now on. (If its kernel raises, this is not called: it did not happen.)"""
+        if self._next is not None:
+            numbers, tried_steps, clip = self._next
+            group_state.write_numbers(self._groups, numbers, tried_steps)
+            self.source.end_step(clip)
+
+    def _measure_in_step(self, groups: list[GroupGradients]) -> _Gradient | None:
+        max_norm = self.max_grad_norm
+        if max_norm and self._reads_scaled_gradients():
+            self.clip_grad_norm_(max_norm)
+            max_norm = 0.0
+        gradient = self._measure(groups, max_norm)
+        if gradient is not None and self.unclipped_norm and not max_norm and not self.source.clips_itself:
+            if gradient.totals.squared_norm != 0:
+                raise RuntimeError(
+                    "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. "
+                    "Let the optimizer clip, by its option max_grad_norm (max_grad_norm=inf where nothing is to be "
+                    "clipped), or a Trainer; where nothing is clipped, leave unclipped_norm out"
+                )
+        return gradient
+
+    def _measure(self, groups: list[GroupGradients], max_norm: float) -> _Gradient | None:
+        totals = self.source.measure(
+            groups, self._numbers(), tried_steps=self._read("tried_steps"), unclipped=self.unclipped_norm
+        )
+        if totals is None:
+            return None
+        return _Gradient(totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None)
+
+    def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor | None:
+        clipped, looks = self._clip_counts
+        self._clip_counts = clipped + (norm + 1e-6 > max_norm), looks + 1
+        self._grad_norm = norm
+        return clip_factor(norm, float(max_norm))
+
+    def _reads_scaled_gradients(self) -> bool:
+        """AMSGrad's maximum is looked up in the gradients, so they must be scaled first."""
+        return not self.unclipped_norm and any(group.get("amsgrad") for group in self._groups)
+
+    def _numbers(self) -> Numbers:
+        device = self.source.device()
+        return group_state.numbers_in(self._groups, device, accumulation_dtype(device))
+
+    def _write_decay(self, numbers: Numbers) -> list[float | Tensor]:
+        factor: float | Tensor = decay_factor(numbers, calibrated=self.reference_steps > 0)
+        on_host = factor.device.type == "cpu" if self.decay_on_host is None else self.decay_on_host
+        if on_host:
+            factor = factor.item()
+        decays = [self._effective(group, factor, numbers) for group in self._groups]
+        for group, decay in zip(self._groups, decays, strict=True):
+            group_state.write_decay(group, decay)
         return decays
 
-    def _effective(self, group: dict[str, Any], factor: float | Tensor) -> float | Tensor:
+    def _effective(self, group: dict[str, Any], factor: float | Tensor, numbers: Numbers) -> float | Tensor:
         user_decay: float = group["initial_weight_decay"]
         lr: float | Tensor = group["lr"]
         if user_decay == 0:
@@ -245,87 +328,72 @@ class WeightDecaySchedule:
         decay = user_decay * factor
         if isinstance(decay, Tensor):
             if isinstance(lr, Tensor):
-                return torch.minimum(decay, (_LARGEST_DECAY / lr.detach()).to(decay))
+                return torch.minimum(decay, (_LARGEST_DECAY / lr).to(decay))
             return decay.clamp(max=_LARGEST_DECAY / lr) if lr > 0 else decay
         lr = float(lr)
         if lr * decay > _LARGEST_DECAY:
-            self._warn_of_cap(user_decay, lr, decay)
+            self._warn_of_cap(user_decay, lr, decay, float(numbers.second_moment_mean.sqrt()))
             decay = _LARGEST_DECAY / lr
         return decay
 
-    def _warn_of_cap(self, user_decay: float, lr: float, decay: float) -> None:
+    def _warn_of_cap(self, user_decay: float, lr: float, decay: float, rms: float) -> None:
         if self._warned_cap:
             return
         self._warned_cap = True
         warnings.warn(
-            f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {self.grad_rms:.3g}) "
-            f"times lr={lr:g} exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. "
-            f"Choose a smaller weight_decay (an effective 0.01 is {0.01 * self.grad_rms:.2g} here), or "
-            "reference_steps=100, which gives AdamW's value its usual meaning.",
+            f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {rms:.3g}) times "
+            f"lr={lr:g} exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. Choose a "
+            f"smaller weight_decay (an effective 0.01 is {0.01 * rms:.2g} here), or reference_steps=100, which gives "
+            "AdamW's value its usual meaning.",
             RuntimeWarning,
             stacklevel=3,
         )
 
-    # State
+    # What engines, checkpoints and copies need
 
-    def _use(self, blocks: Blocks) -> None:
-        """Take the squared norms of the gradient from `blocks` from now on (an engine does so when it is attached)."""
-        if hasattr(self, "_blocks"):
-            self._blocks.clipping.settle()
-        self._blocks: Blocks = blocks
-        self._restart(self._groups[0])
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether the gradient is measured on the optimizer's own parameters, not told by an engine."""
+        return isinstance(self.source, ParameterGradients)
 
-    def _detach(self) -> None:
+    @property
+    def shards(self) -> Mapping[int, Shard]:
+        """By `id`, the parameters that are known to be divided without being DTensors."""
+        return self.source.shards if isinstance(self.source, ParameterGradients) else {}
+
+    def divide(self, *, shards: Mapping[int, Shard] | None = None, process_group: ProcessGroup | None = None) -> None:
+        """Sum over the ranks that hold the other parts of these parameters, or all others' parameters."""
+        if isinstance(self.source, ParameterGradients):
+            self.measure_by(self.source.divided(shards=shards, process_group=process_group))
+
+    def measure_by(self, source: GradientSource) -> None:
+        """Take the gradient of the whole model from `source` from now on."""
+        self.source = source
+        self._awaited = None
+
+    def detach(self) -> None:
         """Give the optimizer back to itself, with the user's constant decay."""
-        for handle in self._handles:
-            handle.remove()
+        for hook in self.hooks:
+            hook.remove()
         for group in self._groups:
-            group_state.remove(group, self._shown)
+            group_state.remove(group)
         for key in group_state.OPTIONS:
             self.optimizer.defaults.pop(key, None)
-        self._blocks.remove()
         del self.optimizer.__dict__["_decay_schedule"]
 
-    def _restart(self, group: Mapping[str, Any]) -> None:
-        """Go on from the numbers that a group holds."""
-        self._mean = SecondMomentMean(**{name: float(group.get(key, 0)) for key, name in _NUMBERS.items()})
-        self._shown = self._numbers()
-
-    def _numbers(self) -> dict[str, Any]:
-        """What all groups hold: options, and numbers of the whole model."""
-        options = {key: group_state.read(self._groups, key, self._shown.get(key)) for key in group_state.OPTIONS}
-        numbers = {key: getattr(self._mean, name) for key, name in _NUMBERS.items()}
-        # With a graph only in a differentiable optimizer; a state must be copyable.
-        numbers = {key: number.detach() if number.requires_grad else number for key, number in numbers.items()}
-        return {**options, **numbers, **self._blocks.group_entries}
-
-    def _show(self) -> None:
-        """The groups hold the very tensors that the schedule goes on with: whoever replaces them is noticed."""
-        self._shown = self._numbers()
-        for group in self._groups:
-            group.update(self._shown)
-
-    def _complete_groups(self) -> None:
-        group_state.complete(self._groups, self._shown)
-
-    def _save_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A `state_dict` whose parameter groups have plain numbers, and the user's decay."""
-        groups = [group_state.as_saved(group, self._shown) for group in state_dict["param_groups"]]
+    def as_saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A `state_dict` of the optimizer whose parameter groups have plain numbers, and the user's decay."""
+        groups = group_state.as_saved(state_dict["param_groups"], self.optimizer.defaults)
         return {**state_dict, "param_groups": groups}
-
-    def _save(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {**self._save_groups(state_dict), "state": self._blocks.saved_state(state_dict["state"])}
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._blocks.check_loadable(state_dict["param_groups"], state_dict["state"])
-        self._complete_groups()
-        groups = group_state.adapted_for_loading(self._groups, state_dict["param_groups"], self._shown)
-        return {**state_dict, "param_groups": groups}
+        groups = group_state.adapted_for_loading(self._groups, state_dict["param_groups"], self.optimizer.defaults)
+        return {"state": group_state.without_old_entries(state_dict["state"]), "param_groups": groups}
 
-    def _loaded(self) -> None:
-        self._blocks.clipping.settle()
-        self._blocks.begin_anew()
-        self._complete_groups()
-        self._restart(self._groups[0])
+    def loaded(self) -> None:
+        """Groups and state are those of a checkpoint."""
+        self.forget_clipping()
+        self.source.refresh()
+        group_state.complete(self._groups, self.optimizer.defaults)
         if self.step_count > 0:
-            self._write_decay()  # of the last step
+            self._write_decay(self._numbers())  # of the last step

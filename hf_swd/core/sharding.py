@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .grad_norm import accumulation_dtype, is_dtensor
+from .grad_norm import is_dtensor, local_part
 
 
 if TYPE_CHECKING:
@@ -27,61 +26,54 @@ class Shard(NamedTuple):
 
 class Layout:
     """
-    How the parameters of an optimizer are divided among ranks.
-
-    Every rank holds a shard of every DTensor, so that numbers of whole parameters can be had on all ranks:
-    [`of_whole_parameters`]. Of a `Shard`, or of the parameters of an optimizer with a `process_group`, other ranks
-    know nothing: their numbers meet in [`total`].
+    How the parameters of an optimizer are divided among ranks, to sum numbers of them over the whole model.
 
     Args:
-        params (`Sequence[Tensor]`): the parameters, in the same order on every rank.
-        shards (`Mapping[Tensor, Shard]`): those that are divided without being DTensors.
+        params (`Sequence[Tensor]`): all parameters, in the same order on every rank.
+        shards (`Mapping[int, Shard]`): by `id`, those that are divided without being DTensors.
         process_group (`ProcessGroup`, *optional*): ranks that hold disjoint parts of the model altogether.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], shards: Mapping[Tensor, Shard], process_group: ProcessGroup | None
+        self, params: Sequence[Tensor], shards: Mapping[int, Shard], process_group: ProcessGroup | None
     ) -> None:
-        device = params[0].device if params else torch.device("cpu")
-        meshes: dict[ProcessGroup, list[int]] = defaultdict(list)
-        parts: dict[ProcessGroup | None, list[int]] = defaultdict(list, {None: []})
-        sizes = []
-        for i, p in enumerate(params):
-            for group in _sharding_groups(p):
-                meshes[group].append(i)
-            shard = shards.get(p, Shard(None, p.numel()))
-            parts[shard.group].append(i)
-            sizes.append(shard.numel * (2 if p.is_complex() else 1))
-        self.counts = torch.tensor(sizes, dtype=accumulation_dtype(device)).to(device)
-        self._meshes, self._parts = (
-            [(group, torch.tensor(members, dtype=torch.long, device=device)) for group, members in groups.items()]
-            for groups in (meshes, parts)
-        )
-        self._process_group = process_group
-
-    @property
-    def has_meshes(self) -> bool:
-        """Whether any parameter is a sharded DTensor."""
-        return bool(self._meshes)
-
-    @property
-    def is_local(self) -> bool:
+        divided_over = [_dividing_groups(p, shards.get(id(p))) for p in params]
+        kinds = list(dict.fromkeys(divided_over)) or [()]  # parameters of one kind are added up before ranks are
+        groups = dict.fromkeys(group for kind in kinds for group in kind)
+        self.is_local = not groups and process_group is None
         """Whether this rank needs no other to know everything."""
-        return not (self._meshes or self._process_group or any(group for group, _ in self._parts))
+        self.differs_between_ranks = process_group is not None or any(shard.group for shard in shards.values())
+        """Whether a rank may hold other parameters than others, and so see changes that they do not."""
+        self._num_kinds = len(kinds)
+        self._kind_of_param = torch.tensor([kinds.index(kind) for kind in divided_over], device="cpu")
+        self._reductions = {
+            group: torch.tensor([i for i, kind in enumerate(kinds) if group in kind], device="cpu") for group in groups
+        }
+        self._process_group = process_group
+        self._shards = shards
 
-    def of_whole_parameters(self, values: Tensor) -> Tensor:
-        """From numbers of the local parts, of shape `(params, k)`, those of the whole parameters, the same bits on
-        every rank that holds a part: one all-reduce for each mesh dimension on which anything is sharded."""
-        for group, members in self._meshes:
-            values = values.index_copy(0, members, _all_reduce(values[members], group, _sum))
-        return values
+    def local_size(self, p: Tensor) -> int:
+        """Number of real scalars of a parameter that are here."""
+        shard = self._shards.get(id(p))
+        numel = local_part(p).numel() if shard is None else shard.numel
+        return numel * (2 if p.is_complex() else 1)
 
-    def total(self, values: Tensor, *, largest: bool = False) -> Tensor:
-        """Sum over the model (or maximum of non-negative numbers) of numbers of its parameters, of shape `(params,
-        k)`: shape `(k,)`, the same bits on every rank."""
-        combine = _maximum if largest else _sum
-        parts = [_all_reduce(combine(values[members]), group, combine) for group, members in self._parts]
-        return _all_reduce(combine(torch.stack(parts)), self._process_group, combine)
+    def local_sums(self, values: Tensor, positions: Tensor | None) -> Tensor:
+        """Sums of numbers of parameters, of shape `(parameters, k)`, over those that are divided alike: shape
+        `(kinds, k)`. `positions`: which parameters; by default all."""
+        if self._num_kinds == 1:
+            return values.sum(0, keepdim=True)
+        kinds = self._kind_of_param if positions is None else self._kind_of_param[positions]
+        return values.new_zeros(self._num_kinds, values.shape[1]).index_add_(0, kinds.to(values.device), values)
+
+    def total(self, local_sums: Tensor) -> Tensor:
+        """Sum over the model, of shape `(k,)` and the same bits on every rank: one all-reduce for each mesh dimension,
+        and each process group, over which anything is divided."""
+        for group, kinds in self._reductions.items():
+            kinds = kinds.to(local_sums.device)
+            local_sums = local_sums.index_copy(0, kinds, _all_reduce(local_sums[kinds], group))
+        total = local_sums.sum(0)
+        return total if self._process_group is None else _all_reduce(total, self._process_group)
 
 
 _LEFT_ALONE = (
@@ -91,26 +83,18 @@ _LEFT_ALONE = (
 )
 
 
-def _sum(values: Tensor) -> Tensor:
-    return values.sum(0)
-
-
-def _maximum(values: Tensor) -> Tensor:
-    return values.amax(0) if len(values) else values.sum(0)
-
-
-def _sharding_groups(param: Tensor) -> list[ProcessGroup]:
+def _dividing_groups(param: Tensor, shard: Shard | None) -> tuple[ProcessGroup, ...]:
+    if shard is not None:
+        return () if shard.group is None else (shard.group,)
     if not is_dtensor(param):
-        return []
+        return ()
     mesh = param.device_mesh
-    return [
+    return tuple(
         mesh.get_group(dim) for dim, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(dim) > 1
-    ]
+    )
 
 
-def _all_reduce(values: Tensor, group: ProcessGroup | None, combine: Callable[[Tensor], Tensor]) -> Tensor:
-    if group is None:
-        return values
+def _all_reduce(values: Tensor, group: ProcessGroup) -> Tensor:
     import torch.distributed as dist
 
     device = values.device
@@ -118,7 +102,7 @@ def _all_reduce(values: Tensor, group: ProcessGroup | None, combine: Callable[[T
         values = values.to(torch.accelerator.current_accelerator())
     values = values.clone()
     try:
-        dist.all_reduce(values, dist.ReduceOp.MAX if combine is _maximum else dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(values, group=group)
     except RuntimeError as error:
         # Of itself it says that someone was waited for, but not who waited for what.
         error.args = (f"{error}\n{_LEFT_ALONE}", *error.args[1:])

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from .clipping import scale_
 from .schedule import WeightDecaySchedule
 
 
@@ -15,27 +14,28 @@ if TYPE_CHECKING:
 
 
 def drive(schedule: WeightDecaySchedule) -> None:
-    """Have every `step()` of the schedule's optimizer begin with the schedule's, and leave its sums in the state."""
-    schedule._decay_on_host = True  # optimizers take the decay as a number
+    """Have every `step()` of the schedule's optimizer begin and end one of the schedule's."""
+    schedule.decay_on_host = True  # optimizers take the decay as a number
 
-    def before_step() -> None:
-        with torch.no_grad():
-            schedule._before_step()
+    def begin() -> None:
+        step = schedule.begin_step()
+        if step.clip is not None:
+            scale_([grad for group in step.groups for grad in group.grads], step.clip)
 
     def pre_hook(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            before_step()
+            begin()
             return None
-        return (optimizer,), {**kwargs, "closure": _followed_once(closure, before_step)}
+        return (optimizer,), {**kwargs, "closure": _followed_once(closure, begin)}
 
     def post_hook(*_: Any) -> None:
-        schedule._blocks.write_back()
+        schedule.end_step()
 
     optimizer = schedule.optimizer
-    schedule._handles += [optimizer.register_step_pre_hook(pre_hook), optimizer.register_step_post_hook(post_hook)]
+    schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), optimizer.register_step_post_hook(post_hook)]
 
 
 def _followed_once(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:

@@ -1,52 +1,95 @@
-"""Checks of arguments; each error names the argument, the value and the remedy."""
+"""The options of the optimizers: what each may be. Errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Type and range of the hyperparameters of AdamS among `options` (constructor arguments or a parameter group)."""
-    for name, what in (("lr", "a learning rate"), ("eps", "a small constant"), ("weight_decay", "a decay strength")):
-        if name in options:
-            check_number(name, options[name], f"{what} of at least 0", lambda value: 0 <= value < math.inf)
+class Option(NamedTuple):
+    """What an option may be."""
+
+    kind: type
+    """`float` (any real number, a 1-element tensor), `int` or `bool`."""
+    expected: str
+    holds: Callable[[Any], bool] = lambda value: True
+    may_be_none: bool = False
+
+
+def _is_decay_rate(value: Any) -> bool:
+    return bool(0 <= value < 1)
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(0 <= value < math.inf)
+
+
+_FLAG = Option(bool, "True or False")
+_FLAG_OR_NONE = Option(bool, "True, False or None", may_be_none=True)
+
+OPTIONS = {
+    "lr": Option(float, "a learning rate of at least 0", _is_finite),
+    "eps": Option(float, "a small constant of at least 0", _is_finite),
+    "weight_decay": Option(float, "a decay strength of at least 0", _is_finite),
+    "beta2": Option(float, "a decay rate in [0, 1)", _is_decay_rate),
+    "reference_steps": Option(
+        int, "a number of optimizer steps, 0 (the paper's schedule) or more", lambda value: value >= 0
+    ),
+    "unclipped_norm": _FLAG,
+    "max_grad_norm": Option(
+        float, "a norm of at least 0 (0 clips nothing, inf only measures)", lambda value: value >= 0
+    ),
+    "max_norm": Option(float, "a positive norm (for no clipping, leave this call out)", lambda value: value > 0),
+    **dict.fromkeys(("amsgrad", "maximize", "capturable"), _FLAG),
+    **dict.fromkeys(("foreach", "fused"), _FLAG_OR_NONE),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """
+    Check those of `options` (arguments, or a parameter group) that are known here.
+
+    Raises:
+        TypeError, ValueError: one has a wrong type, or is out of range.
+    """
+    for name, value in options.items():
+        if name in OPTIONS:
+            _check(name, value, OPTIONS[name])
     if "betas" in options:
         betas = options["betas"]
         if not isinstance(betas, Iterable) or isinstance(betas, (str, Tensor)) or len(list(betas)) != 2:
             raise TypeError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
-            check_number(f"betas[{i}]", beta, "a decay rate in [0, 1)", lambda value: 0 <= value < 1)
+            _check(f"betas[{i}]", beta, OPTIONS["beta2"])
         if len({isinstance(beta, Tensor) for beta in betas}) == 2:
             raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
-    for name in ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused"):
-        if name in options:
-            check_flag(name, options[name], optional=name in ("foreach", "fused"))
+    if options.get("differentiable"):
+        raise ValueError(
+            "differentiable=True: the schedule does not let gradients flow through step(); use torch.optim.AdamW for that"
+        )
 
 
-def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
-    allowed = (True, False, None) if optional else (True, False)
-    if not any(value is one for one in allowed):
-        raise TypeError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
-
-
-def check_number(name: str, value: Any, expected: str, in_range: Callable[[Any], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{name}={value!r}: expected {expected}, a number, not {type(value).__name__}")
+def _check(name: str, value: Any, option: Option) -> None:
+    if value is None and option.may_be_none:
+        return
+    if option.kind is bool:
+        if not any(value is one for one in (True, False)):
+            raise TypeError(f"{name}={value!r}: expected {option.expected}")
+        return
+    number = Integral if option.kind is int else (Real, Tensor)
+    if isinstance(value, bool) or not isinstance(value, number):
+        what = "an int" if option.kind is int else "a number"
+        raise TypeError(f"{name}={value!r}: expected {option.expected}, {what}, not {type(value).__name__}")
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected {expected}; a tensor must have 1 element, not shape {tuple(value.shape)}")
-    if not in_range(value):
-        raise ValueError(f"{name}={value.item() if isinstance(value, Tensor) else value}: expected {expected}")
-
-
-def check_reference_steps(reference_steps: int) -> None:
-    if isinstance(reference_steps, bool) or not isinstance(reference_steps, int):
-        raise TypeError(f"reference_steps={reference_steps!r}: expected an int, a number of optimizer steps (0: off)")
-    if reference_steps < 0:
-        raise ValueError(f"reference_steps={reference_steps}: expected 0 (the paper's schedule) or a number of steps")
+        raise ValueError(
+            f"{name}: expected {option.expected}; a tensor must have 1 element, not shape {tuple(value.shape)}"
+        )
+    if not option.holds(value):
+        raise ValueError(f"{name}={value.item() if isinstance(value, Tensor) else value}: expected {option.expected}")
 
 
 def check_process_group(process_group: Any) -> None:

@@ -8,7 +8,6 @@ from weakref import WeakSet
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..core.blocks import ParameterBlocks
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
 from .tensor_parallel import refuse_plain_shards
@@ -80,10 +79,10 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
             "wrap it in hf_swd.ScheduledWeightDecay before accelerator.prepare"
         )
     refuse_plain_shards(model)
-    _refuse_parts(p for reference in schedule._model_params if (p := reference()) is not None)
+    _refuse_parts(() if model is None else model.parameters())
     shards = {} if model is None else fsdp1_shards(model)
-    if shards and isinstance(schedule._blocks, ParameterBlocks):
-        schedule._use(schedule._blocks.divided(shards=shards))
+    if shards and schedule.reads_parameters:
+        schedule.divide(shards=shards)
     return schedule
 
 
@@ -95,19 +94,19 @@ def _before_any_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, An
     schedule = schedule_of(optimizer)
     if schedule is None:
         refuse_replacement(optimizer)
-    elif isinstance(schedule._blocks, ParameterBlocks) and schedule not in _seen_whole:
-        _refuse_unknown_shards(optimizer, schedule, schedule._blocks.shards)
+    elif schedule.reads_parameters and schedule not in _seen_whole:
+        _refuse_unknown_shards(optimizer, schedule, schedule.shards)
 
 
 def _bind_zero_redundancy(optimizer: Any) -> None:
     """torch's ZeroRedundancyOptimizer builds the optimizer of each rank's share itself, and so must hand it the
     ranks."""
     schedule = schedule_of(optimizer.optim)
-    if schedule is None or not isinstance(schedule._blocks, ParameterBlocks) or schedule.process_group is not None:
+    if schedule is None or not schedule.reads_parameters or schedule.process_group is not None:
         return
-    schedule._use(schedule._blocks.divided(process_group=optimizer.process_group))
+    schedule.divide(process_group=optimizer.process_group)
     # It saves groups that it has copied from the optimizer inside, as they are in memory.
-    optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule._save_groups(state_dict))
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule.as_saved(state_dict))
 
 
 _seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
@@ -118,9 +117,9 @@ def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule, 
     """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     _refuse_parts(params)
-    originals = [p for reference in schedule._model_params if (p := reference()) is not None]
+    originals: list[Tensor] = []  # until the other branch is merged
     zero = any(map(is_zero_parameter, originals))
-    fsdp = any(is_fsdp1_shard(p) and p not in known for p in params)
+    fsdp = any(is_fsdp1_shard(p) and id(p) not in known for p in params)
     if not (zero or fsdp):
         _seen_whole.add(schedule)
     elif any(p.grad is not None and p.grad.any() for p in params):

@@ -13,14 +13,14 @@ def is_fsdp1_shard(p: Tensor) -> bool:
     return getattr(p, "_fsdp_flattened", False)
 
 
-def fsdp1_shards(model: nn.Module) -> dict[Tensor, Shard]:
-    """For each parameter that FSDP1 manages: the ranks that share it, and how many scalars of it are here (without
+def fsdp1_shards(model: nn.Module) -> dict[int, Shard]:
+    """By `id`, for each parameter that FSDP1 manages: the ranks that share it, and how many scalars of it are here (without
     padding)."""
     if not torch.distributed.is_available():
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    shards: dict[Tensor, Shard] = {}
+    shards: dict[int, Shard] = {}
     for module in FullyShardedDataParallel.fsdp_modules(model):
         handle = module._handle
         if handle is None:
@@ -29,12 +29,12 @@ def fsdp1_shards(model: nn.Module) -> dict[Tensor, Shard]:
         whole = module.sharding_strategy == ShardingStrategy.NO_SHARD
         group = None if whole else module.process_group
         if not handle._use_orig_params:
-            shards[flat] = Shard(group, flat.numel() - (0 if whole else flat._shard_numel_padded))
+            shards[id(flat)] = Shard(group, flat.numel() - (0 if whole else flat._shard_numel_padded))
             continue
         assert flat._params is not None, "use_orig_params keeps them"
         if whole:
-            shards.update((p, Shard(group, p.numel())) for p in flat._params)
+            shards.update((id(p), Shard(group, p.numel())) for p in flat._params)
         else:
             infos = zip(flat._params, flat._shard_param_infos, strict=True)
-            shards.update((p, Shard(group, info.numel_in_shard or 0)) for p, info in infos)
+            shards.update((id(p), Shard(group, info.numel_in_shard or 0)) for p, info in infos)
     return shards

@@ -11,21 +11,17 @@ import functools
 import importlib.metadata
 import math
 import sys
-import weakref
-from collections.abc import Mapping
-from operator import is_
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..core import group_state
-from ..core.blocks import Blocks
-from ..core.clipping import Clipping
-from ..core.grad_norm import accumulation_dtype
-from ..core.recurrence import Measured, RunningSums, SecondMomentMean
+from ..core.grad_norm import sums
+from ..core.gradients import GradientSource, GroupGradients
+from ..core.recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from ..core.schedule import WeightDecaySchedule, schedule_of
-from ..core.state_entries import STEP, SUM, as_saved
 from ..core.step_hooks import drive
 
 
@@ -104,9 +100,9 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", None)
 
 
-class ZeroBlock(Blocks):
+class ZeroGradient(GradientSource):
     """
-    The model as ZeRO 1, 2, 3 and `BF16_Optimizer` know it: one block.
+    The gradient of the whole model as ZeRO 1, 2, 3 and `BF16_Optimizer` know it: by its norm.
 
     Args:
         zero_optimizer: DeepSpeed's wrapper around the optimizer (`engine.optimizer`).
@@ -115,6 +111,8 @@ class ZeroBlock(Blocks):
         RuntimeError: the configuration leaves the schedule without the norm of the whole model, or this version of
             DeepSpeed lacks what is read here.
     """
+
+    clips_itself = True
 
     def __init__(self, zero_optimizer: Any) -> None:
         self._zero = zero_optimizer
@@ -129,101 +127,88 @@ class ZeroBlock(Blocks):
                 "docs/distributed.md lists"
             )
         _refuse(zero_optimizer, [p for group in groups for p in group])
-        params = [p for group in self._base.param_groups for p in group["params"]]
-        device = params[0].device if params else torch.device("cpu")
-        sums, steps = torch.zeros(2, 1, dtype=accumulation_dtype(device), device=device)
-        num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
-        self.running = RunningSums(sums, steps, torch.full_like(sums, num_elements))
-        self.group_entries = {SUM: sums[0], STEP: steps[0]}
-        self.clipping = Clipping()
-        self._moments_seen: list[weakref.ref[Tensor]] = []
+        self._num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self._in_new_step = False
-        inner_step = zero_optimizer.step
+        self._must_read = True
+        for method, before in (("step", self._begin), ("load_state_dict", self.refresh)):
+            setattr(zero_optimizer, method, _preceded(getattr(zero_optimizer, method), before))
 
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self._in_new_step = True
-            return inner_step(*args, **kwargs)
-
-        zero_optimizer.step = step
+    def _begin(self) -> None:
+        self._in_new_step = True
 
     def begins_step(self) -> bool:
         begins, self._in_new_step = self._in_new_step, False
         return begins
 
-    def follow(self, loaded: Mapping[str, Any] | None, mean: SecondMomentMean) -> None:
-        if loaded is None and not self._has_other_moments():
-            return
-        total, step = self._second_moment()
-        if mean.step == 0:
-            mean.step = torch.tensor(step, dtype=torch.float64)
-        elif loaded is not None:
-            if SUM in loaded:
-                known, known_step = float(loaded[SUM]), float(loaded[STEP])
-            else:  # a checkpoint from before hf_swd 0.1.0, or of an engine that knew every parameter
-                known_step = float(mean.step)
-                known = float(mean.mean * mean.num_elements) * (1 - float(self.beta2()) ** known_step)
-            if step in (0, known_step):  # otherwise another optimizer has made steps since
-                total, step = known, known_step
-        self.running.sums.fill_(total)
-        self.running.steps.fill_(step)
+    def refresh(self) -> None:
+        self._must_read = True
 
-    def write_back(self) -> None:
-        self._moments_seen = [weakref.ref(moment) for moment in self._moments()]
+    def device(self) -> torch.device:
+        params = (p for group in self._base.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
 
-    def _has_other_moments(self) -> bool:
-        """Whether DeepSpeed's universal loader has replaced Adam's state, and found nothing of ours for the groups."""
-        moments = self._moments()
-        seen = [reference() for reference in self._moments_seen]
-        return len(seen) > 0 and not (len(seen) == len(moments) and all(map(is_, seen, moments)))
-
-    def beta2(self) -> Tensor:
-        beta2 = self._base.param_groups[0]["betas"][1]
-        return torch.as_tensor(beta2).to(self.running.sums).reshape(1)
-
-    def measure(self, *, unclipped: bool) -> Measured:
+    def measure(
+        self, groups: list[GroupGradients], before: Numbers, *, tried_steps: int, unclipped: bool
+    ) -> StepTotals | None:
         norm = getattr(self._zero, "_global_grad_norm", None)
         if norm is None:
             raise RuntimeError(
                 "DeepSpeed has not computed the norm of the gradient, which scheduled weight decay needs: leave "
                 "zero_optimization.compute_grad_norm at true in the DeepSpeed config"
             )
-        norm = torch.as_tensor(norm, dtype=torch.float64).to(self.running.sums)
+        norm = torch.as_tensor(norm, dtype=torch.float64).to(before.second_moment_mean)
         norm = torch.where(norm < 0, math.nan, norm)  # a norm that is inf or NaN is -1 in DeepSpeed
         clip = self._zero.clip_grad
         if not unclipped and clip > 0:
             norm = norm / ((norm + 1e-6) / clip).clamp(min=1)  # as DeepSpeed does it in the step, after this
-        return Measured(norm.square().reshape(1))
+        beta2 = float(self._base.param_groups[0]["betas"][1])
+        old_weight, new_weight = recurrence_weights(beta2, before.schedule_step + 1)
+        num_elements = torch.full_like(norm, self._num_elements)
+        reading = self._read(beta2, before, norm.square()) if self._must_read and not unclipped else None
+        return StepTotals(norm.square(), num_elements, old_weight, new_weight, reading)
 
-    def total(self, values: Tensor) -> Tensor:
-        return values[0]
+    def _read(self, beta2: float, before: Numbers, square: Tensor) -> Reading:
+        """What Adam's moments of all ranks say of the coming step: after a checkpoint, which may be another
+        optimizer's."""
+        import torch.distributed as dist
 
-    def clip(self, max_norm: float, *, defer: bool, unclipped: bool) -> Tensor:
+        states = self._base.state.values()
+        moments = [m for state in states if isinstance(m := state.get("exp_avg_sq"), Tensor)]
+        local = float(sums(moments).sum()), max((float(state.get("step", 0)) for state in states), default=0.0)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, local)
+        step = max(step for _, step in ranks) + 1
+        correction = self._num_elements * (1 - beta2**step)
+        return Reading(
+            old_mean=torch.full_like(square, beta2 * math.fsum(total for total, _ in ranks) / correction),
+            new_mean=(1 - beta2) * square / correction,
+            step=torch.full_like(square, step),
+            is_complete=True,
+            # On CPU, DeepSpeed's float32 norms are off by so much.
+            tolerance=5e-3 if before.schedule_step == step - 1 else 0.0,
+        )
+
+    def norm(self, groups: list[GroupGradients]) -> Tensor:
         raise RuntimeError(
             "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its "
             "config (max_grad_norm of a Trainer does) instead of calling clip_grad_norm_"
         )
 
-    def saved_state(self, state: Mapping[Any, Any]) -> dict[Any, Any]:
-        # Sums of flat partitions, from before the engine was attached, mean nothing.
-        return as_saved(state, set(map(id, state.values())))
-
-    def _second_moment(self) -> tuple[float, float]:
-        """Sum of Adam's second moment over all ranks, and its number of steps: (0, 0) before the first."""
-        import torch.distributed as dist
-
-        steps = (float(state.get("step", 0)) for state in self._base.state.values())
-        local = sum(float(m.sum(dtype=torch.float64)) for m in self._moments()), max(steps, default=0.0)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, local)
-        return math.fsum(total for total, _ in ranks), max(step for _, step in ranks)
-
-    def _moments(self) -> list[Tensor]:
-        return [m for state in self._base.state.values() if isinstance(m := state.get("exp_avg_sq"), Tensor)]
+    def end_step(self, clip: Tensor | None) -> None:
+        self._must_read = False
 
     @property
     def _base(self) -> Optimizer:
         optimizer: Optimizer = self._zero.optimizer
         return optimizer
+
+
+def _preceded(method: Callable[..., Any], by: Callable[[], None]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        by()
+        return method(*args, **kwargs)
+
+    return call
 
 
 def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
@@ -234,7 +219,7 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
     still say that they are scheduled, and DeepSpeed's Adam gets the schedule by a step hook.
 
     Raises:
-        RuntimeError: see [`ZeroBlock`]; or the optimizer inside has no schedule, or does not decouple its decay.
+        RuntimeError: see [`ZeroGradient`]; or the optimizer inside has no schedule, or does not decouple its decay.
     """
     base = zero_optimizer.optimizer
     schedule = schedule_of(base)
@@ -248,11 +233,16 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
                 f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given "
                 "adam_w_mode=True"
             )
-        options = {key: group_state.read(base.param_groups, key) for key in group_state.OPTIONS}
+        options = {key: group_state.value_in(base.param_groups, key) for key in group_state.OPTIONS}
         schedule = WeightDecaySchedule(base, **options)
         drive(schedule)
-    if not isinstance(schedule._blocks, ZeroBlock):
-        schedule._use(ZeroBlock(zero_optimizer))
+    if schedule.max_grad_norm:
+        raise RuntimeError(
+            f"max_grad_norm={schedule.max_grad_norm:g} of {type(base).__name__}: DeepSpeed ZeRO clips by itself, before "
+            "the optimizer sees a gradient; leave it out, and set gradient_clipping in DeepSpeed's config"
+        )
+    if schedule.reads_parameters:
+        schedule.measure_by(ZeroGradient(zero_optimizer))
     return schedule
 
 
