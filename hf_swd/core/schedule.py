@@ -16,6 +16,7 @@ from . import group_state
 from .blocks import Blocks, ParameterBlocks
 from .recurrence import SecondMomentMean
 from .validation import check_flag, check_number, check_process_group, check_reference_steps
+from .wrappers import unwrapped
 
 
 if TYPE_CHECKING:
@@ -35,15 +36,9 @@ _NUMBERS = {
 
 
 def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
-    """The schedule that drives `optimizer`, looked for through wrappers that keep the optimizer in `.optimizer`
-    (accelerate, DeepSpeed); `None` if there is none."""
-    while optimizer is not None:
-        attributes = getattr(optimizer, "__dict__", {})
-        schedule: WeightDecaySchedule | None = attributes.get("_decay_schedule")
-        if schedule is not None:
-            return schedule
-        optimizer = attributes.get("optimizer")
-    return None
+    """The schedule that drives `optimizer`, or one that it wraps; `None` if there is none."""
+    schedules = (getattr(each, "__dict__", {}).get("_decay_schedule") for each in unwrapped(optimizer))
+    return next(filter(None, schedules), None)
 
 
 class WeightDecaySchedule:

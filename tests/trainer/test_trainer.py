@@ -130,14 +130,13 @@ def test_second_callback_changes_nothing(tmp_path, caplog):
 
 
 def test_callback_of_the_user_without_registration(tmp_path):
-    """The default callback taken away, and the schedule on another optimizer than AdamS."""
+    """The user's own callback, and the schedule on another optimizer than AdamS."""
     model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4)
     schedule = ScheduledWeightDecay(optimizer)
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     trainer = Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, scheduler))
-    trainer.remove_callback(SWDCallback)
     trainer.add_callback(SWDCallback())
     trainer.train()
     assert schedule.step_count == 6
