@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ _OLDEST_TRANSFORMERS = (4, 46)
 
 def register() -> None:
     """
-    Make `TrainingArguments(optim="adams")` known to transformers, [`SWDCallback`] one of the Trainer's default
-    callbacks, and have every Trainer clip with the norm of its optimizer's schedule (see [`SWDTrainer`]).
+    Make `TrainingArguments(optim="adams")` known to transformers, and have every Trainer whose optimizer has a
+    schedule train with a [`SWDCallback`] and clip with the schedule's norm (see [`SWDTrainer`]).
 
     `import hf_swd` does it, unless the environment variable `HF_SWD_NO_REGISTER` is set. Calling it again changes
     nothing, except that it repeats what has failed before, or what an `importlib.reload` of transformers' modules has
@@ -57,17 +58,28 @@ def check_arguments(args: TrainingArguments) -> None:
     Refuse what cannot be trained when arguments are made and when a Trainer is built, before any data is prepared.
 
     Args:
-        args (`TrainingArguments`): looked at only with `optim="adams"`.
+        args (`TrainingArguments`): looked at only with `optim="adams"`, or with AdamS as DeepSpeed's optimizer.
 
     Raises:
         RuntimeError: this version of transformers could not be patched.
-        ValueError: see [`parse_optim_args`].
+        ValueError: see [`parse_optim_args`]; or DeepSpeed's configuration brings an optimizer of its own.
     """
     from .trainer.optim_args import parse_optim_args
 
     if args.optim == _NAME:
         _refuse_failures()
         parse_optim_args(args.optim_args)
+    # transformers has read it by the end of __post_init__, or, if it is accelerate's, when the Trainer is built.
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    configured = None if deepspeed is None else deepspeed.config.get("optimizer")
+    name = None if configured is None else configured.get("type")
+    if configured is not None and _NAME in (args.optim, str(name).lower()):
+        raise ValueError(
+            f'the DeepSpeed configuration has an "optimizer" section ("type": "{name}"), which DeepSpeed would train '
+            f'with, and it has no AdamS: delete "optimizer" from the configuration, and set optim="{_NAME}". '
+            "What its params say goes into TrainingArguments (learning_rate, weight_decay, adam_beta1, adam_beta2, "
+            "adam_epsilon)"
+        )
 
 
 def optimizer_name() -> Any:
@@ -100,17 +112,6 @@ def _adams(args: TrainingArguments, model: PreTrainedModel | None = None) -> tup
     }
 
 
-class _DefaultCallback:
-    """The Trainer calls it, as it calls all classes in `DEFAULT_CALLBACKS`, and gets a [`SWDCallback`]."""
-
-    def __new__(cls) -> Any:
-        from .trainer.callback import SWDCallback
-
-        callback = SWDCallback()
-        vars(callback)["_check_arguments"] = check_arguments
-        return callback
-
-
 # Patches: each reads the private names that it needs before it changes anything (but for the check of arguments, which
 # says what has failed), and changes nothing the second time.
 
@@ -129,11 +130,31 @@ def _wrap(owner: type, name: str, build: Callable[[Callable[..., Any]], Callable
 
 
 def _checked(post_init: Callable[..., None]) -> Callable[..., None]:
-    def check_first(self: TrainingArguments) -> None:
+    def check(self: TrainingArguments) -> None:
         check_arguments(self)
         post_init(self)
+        check_arguments(self)  # now with DeepSpeed's configuration
+
+    return check
+
+
+def _checking_arguments(on_init_end: Callable[..., Any]) -> Callable[..., Any]:
+    def check_first(self: CallbackHandler, args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            check_arguments(args)
+        return on_init_end(self, args, *rest, **kwargs)
 
     return check_first
+
+
+def _with_our_callback(on_train_begin: Callable[..., Any]) -> Callable[..., Any]:
+    def join_first(self: CallbackHandler, args: Any, state: Any, *rest: Any, **kwargs: Any) -> Any:
+        from .trainer.callback import join
+
+        join(self, state)
+        return on_train_begin(self, args, state, *rest, **kwargs)
+
+    return join_first
 
 
 def _knowing_adams(get_optimizer_cls_and_kwargs: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,17 +216,10 @@ def _patch_trainer(trainer: ModuleType) -> None:
         _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _knowing_adams)
     if hasattr(trainer_class, "_inner_training_loop"):  # otherwise gradients are read twice, and nothing else changes
         _wrap(trainer_class, "_inner_training_loop", _sharing_the_norm)
-    callbacks = getattr(trainer, "DEFAULT_CALLBACKS", None)
-    if callbacks is None:
-        _warn(
-            f"transformers {_version()} has no transformers.trainer.DEFAULT_CALLBACKS: the Trainer trains with "
-            f'optim="{_NAME}", but reports the effective weight decay only with '
-            "Trainer(callbacks=[hf_swd.SWDCallback])."
-        )
-        return
-    with _lock:
-        if _DefaultCallback not in callbacks:
-            callbacks.append(_DefaultCallback)
+    # The optimizer is there, and has its checkpoint, when a training begins.
+    handler = _private(trainer, "CallbackHandler")
+    _wrap(handler, "on_init_end", _checking_arguments)
+    _wrap(handler, "on_train_begin", _with_our_callback)
 
 
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {

@@ -10,6 +10,7 @@ from .core.group_state import NUMBERS, OPTIONS
 from .core.schedule import WeightDecaySchedule, schedule_of
 from .core.step_hooks import drive
 from .core.validation import check_options
+from .core.wrappers import unwrapped
 from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
@@ -66,11 +67,10 @@ class ScheduledWeightDecay(WeightDecaySchedule):
         max_grad_norm: float = 0.0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        while not isinstance(optimizer, torch.optim.Optimizer) or "optimizer" in optimizer.__dict__:
-            inner = getattr(optimizer, "optimizer", None)
-            if inner is None:
-                raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
-            optimizer = inner
+        innermost = [optimizer, *unwrapped(optimizer)][-1]
+        if not isinstance(innermost, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+        optimizer = innermost
         if schedule_of(optimizer) is not None:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__}: it has a schedule already; call .remove() on that one first"

@@ -1,31 +1,24 @@
 """What a step brings: the gradients of all parameters together, summed over everything that holds a part of the model.
 
-[`GradientSource`] is the seam: the parameters themselves ([`ParameterGradients`]), or an engine that knows the norm of
-the whole gradient (`engines/zero.py`). The schedule knows nothing else of parameters.
+[`GradientSource`] is the seam: the parameters themselves (`parameter_gradients.py`), or an engine that knows the norm
+of the whole gradient (`engines/zero.py`). The schedule knows nothing else of parameters.
 """
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .grad_norm import accumulation_dtype, placed_as, squared_norms
-from .moments import AdamParameter, MomentReader, adam_step, keeps_moments, moment_ids
-from .recurrence import Numbers, Reading, StepTotals, recurrence_weights
-from .sharding import Layout, Shard
+from .grad_norm import placed_as
+from .recurrence import Numbers, StepTotals
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
-
-
-_STEPS_BETWEEN_READINGS = 100
 
 
 class GroupGradients(NamedTuple):
@@ -35,7 +28,7 @@ class GroupGradients(NamedTuple):
     group: dict[str, Any]
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[Mapping[str, Any]]
+    states: list[dict[str, Any]]
 
 
 def with_gradients(optimizer: Optimizer) -> list[GroupGradients]:
@@ -104,216 +97,3 @@ class GradientSource(ABC):
     @abstractmethod
     def refresh(self) -> None:
         """Let the next step begin with what the optimizer's state says."""
-
-
-class _SteppingSet(NamedTuple):
-    """What is known of the parameters that step together, for as long as they are the same."""
-
-    key: tuple[list[Any], ...]
-    """By which a change is noticed: `id`s of parameters and moments, and beta2."""
-    sizes: Tensor
-    """Number of scalars of each that are here, shape `(params,)`."""
-    sizes_by_kind: Tensor
-    """The same summed by kind of layout, shape `(kinds, 1)`."""
-    reader: MomentReader | None
-    has_new: bool
-    """Whether a parameter has no state yet."""
-
-
-class ParameterGradients(GradientSource):
-    """
-    The gradients of an optimizer's own parameters.
-
-    The mean is carried from step to step by the recurrence. Adam's moments are read instead when other parameters step
-    than before (first of all after a checkpoint is loaded), at every step while the recurrence does not hold (step
-    counts or beta2 differ, AMSGrad, moments in half precision), and every 100 steps, since anyone may write to them.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): held weakly.
-        beta2 (`float`, *optional*): decay rate of the mean, which then is not that of Adam's moments; by default
-            `betas[1]` of the parameter groups.
-        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of the model.
-        shards (`Mapping[int, Shard]`, *optional*): by `id`, parameters that are divided without being DTensors.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        beta2: float | None = None,
-        process_group: ProcessGroup | None = None,
-        shards: Mapping[int, Shard] | None = None,
-    ) -> None:
-        self._reference = weakref.ref(optimizer)
-        self._fixed_beta2 = beta2
-        self.process_group = process_group
-        self.shards = shards or {}
-        self._layout: tuple[list[int], Layout] | None = None
-        self._stepped: _SteppingSet | None = None
-        """The set of the last step; `None` if the next one must read."""
-        self._parts: Tensor | None = None
-        """Where ranks hold different parameters: what this rank has of the sum of second moments, by kind of layout,
-        shape `(kinds,)`. From the mean a rank could not tell its own part."""
-        self._measured: tuple[_SteppingSet, Tensor, Tensor] | None = None
-        """Of the coming step: its set, and this rank's parts of the sums, old and new."""
-
-    def divided(
-        self, *, shards: Mapping[int, Shard] | None = None, process_group: ProcessGroup | None = None
-    ) -> ParameterGradients:
-        """The same for parameters of which this rank holds shards, or no part of others'."""
-        return ParameterGradients(
-            self._optimizer, beta2=self._fixed_beta2, process_group=process_group or self.process_group, shards=shards
-        )
-
-    @property
-    def _optimizer(self) -> Optimizer:
-        optimizer = self._reference()
-        assert optimizer is not None, "the schedule has looked"
-        return optimizer
-
-    def device(self) -> torch.device:
-        params = (p for group in self._optimizer.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
-
-    def refresh(self) -> None:
-        self._stepped = None
-
-    def norm(self, groups: list[GroupGradients]) -> Tensor:
-        squares = self._squared_norms(groups)
-        layout, positions = self._layout_of(groups)
-        return layout.total(layout.local_sums(squares.unsqueeze(1), positions))[0].sqrt()
-
-    def measure(
-        self, groups: list[GroupGradients], before: Numbers, *, tried_steps: int, unclipped: bool
-    ) -> StepTotals | None:
-        layout, positions = self._layout_of(groups)
-        if layout.is_local and not any(group.params for group in groups):
-            return None
-        squares = self._squared_norms(groups)
-        device = squares.device
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        stepping = self._stepping_set(groups, layout, reads_moments=not unclipped)
-        is_known = stepping is self._stepped
-        self._stepped = None  # until the step is made
-        reader = stepping.reader
-        has_parts = reader is not None and layout.differs_between_ranks
-        reads = reader is not None and (
-            not is_known
-            or not reader.tolerance
-            or tried_steps % _STEPS_BETWEEN_READINGS == 0
-            or (has_parts and found_inf is not None)  # of a step that may be left out, parts cannot be carried on
-        )
-        if reads and is_capturing(device):
-            if not is_known:
-                raise RuntimeError(
-                    "this step has to read Adam's moments (it is the first one, or parameters have a gradient that had "
-                    "none before), which a CUDA graph cannot hold: make one step outside the graph first"
-                )
-            reads = not reader.tolerance
-        beta2, step = self._beta2_and_step(groups, before, reader)
-        old_weight, new_weight = recurrence_weights(beta2, step)
-
-        sums = layout.local_sums(squares.unsqueeze(1), positions)
-        rest = sums.new_zeros(len(sums), 4)  # sent in every step: other ranks may read when this one does not
-        if reads:
-            addends = reader.read(self._adam_parameters(groups), squares, self._grad_scale)
-            addends[:, 2] *= stepping.sizes
-            rest = torch.cat([layout.local_sums(addends, positions), stepping.sizes_by_kind], dim=1)
-        elif has_parts:
-            rest[:, 0], rest[:, 1] = old_weight * self._parts, new_weight * sums[:, 0]
-            rest[:, 3:] = stepping.sizes_by_kind
-        self._measured = stepping, rest[:, 0], rest[:, 1]
-        total = layout.total(torch.cat([sums, stepping.sizes_by_kind, rest], dim=1))
-        squared_norm, num_elements, old, new, steps, read_elements = total.unbind()
-        reading = None
-        if reads or has_parts:
-            divisor = num_elements.clamp(min=1)
-            reading = Reading(
-                old_mean=old / divisor,
-                new_mean=new / divisor,
-                step=steps / divisor,
-                is_complete=read_elements == num_elements,
-                tolerance=0.0 if has_parts else reader.tolerance,
-            )
-        is_skipped = False if found_inf is None else found_inf.to(device) > 0
-        return StepTotals(squared_norm, num_elements, old_weight, new_weight, reading, is_skipped)
-
-    def end_step(self, clip: Tensor | None) -> None:
-        assert self._measured is not None, "a step was measured"
-        stepping, old, new = self._measured
-        self._measured = None
-        self._parts = old + new if clip is None else old + new * clip.square()
-        if stepping.has_new and stepping.reader is not None:
-            # Its moments are there now, and need not be noticed by the next step.
-            groups = with_gradients(self._optimizer)
-            stepping = self._stepping_set(groups, self._layout_of(groups)[0], reads_moments=True)
-        self._stepped = stepping
-
-    @property
-    def _grad_scale(self) -> Tensor | None:
-        """What a GradScaler has left to the optimizer to divide the gradients by."""
-        return getattr(self._optimizer, "grad_scale", None)
-
-    def _squared_norms(self, groups: list[GroupGradients]) -> Tensor:
-        squares = squared_norms([grad for group in groups for grad in group.grads]).to(self.device())
-        scale = self._grad_scale
-        return squares if scale is None else squares / scale.to(squares).square()
-
-    def _beta2(self, group: Mapping[str, Any]) -> float | Tensor:
-        return group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2
-
-    def _beta2_and_step(
-        self, groups: list[GroupGradients], before: Numbers, reader: MomentReader | None
-    ) -> tuple[float | Tensor, float | Tensor]:
-        """Those of the first parameter, which are everyone's wherever the recurrence holds."""
-        first = next((group for group in groups if group.params), groups[0])
-        beta2 = self._beta2(first.group)
-        if isinstance(beta2, Tensor):
-            beta2 = float(beta2) if beta2.device.type == "cpu" else beta2.to(before.second_moment_mean)
-        if reader is None or not first.states:
-            return beta2, before.schedule_step + 1
-        return beta2, adam_step(first.states[0], before.second_moment_mean) + 1
-
-    def _layout_of(self, groups: list[GroupGradients]) -> tuple[Layout, Tensor | None]:
-        """The layout of all parameters, and the positions among them of those that have a gradient (`None`: all)."""
-        params = [p for group in groups for p in group.group["params"]]
-        ids = list(map(id, params))
-        if self._layout is None or self._layout[0] != ids:
-            self._layout = ids, Layout(params, self.shards, self.process_group)
-        layout = self._layout[1]
-        if sum(len(group.params) for group in groups) == len(params):
-            return layout, None
-        return layout, torch.tensor([i for i, p in enumerate(params) if p.grad is not None], device="cpu")
-
-    def _stepping_set(self, groups: list[GroupGradients], layout: Layout, *, reads_moments: bool) -> _SteppingSet:
-        """That of the last step, if nothing has changed."""
-        reads_moments = reads_moments and self._fixed_beta2 is None and keeps_moments(self._optimizer)
-        states = [state for group in groups for state in group.states] if reads_moments else []
-        betas = [self._beta2(group.group) for group in groups]
-        key = (
-            [id(p) for group in groups for p in group.params],
-            moment_ids(states),
-            [id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2 in betas],
-            [reads_moments, *(group.group.get("amsgrad") for group in groups)],
-        )
-        if self._stepped is not None and self._stepped.key == key:
-            return self._stepped
-        reader = MomentReader(self._adam_parameters(groups)) if reads_moments else None
-        if reader is not None and not reader.can_read:
-            reader = None
-        sizes = torch.tensor([layout.local_size(p) for group in groups for p in group.params], device="cpu")
-        sizes = sizes.to(self.device(), accumulation_dtype(self.device()))
-        positions = self._layout_of(groups)[1]
-        return _SteppingSet(key, sizes, layout.local_sums(sizes.unsqueeze(1), positions), reader, not all(states))
-
-    def _adam_parameters(self, groups: list[GroupGradients]) -> list[AdamParameter]:
-        return [
-            AdamParameter(grad, state, self._beta2(group.group), bool(group.group.get("amsgrad")))
-            for group in groups
-            for grad, state in zip(group.grads, group.states, strict=True)
-        ]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether operators on an accelerator are put into a graph instead of being run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

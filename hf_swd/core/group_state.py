@@ -123,7 +123,8 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], defaults: 
     Groups of a checkpoint as the schedule loads them.
 
     Another optimizer's decay does not mean what ours does: from its checkpoint, lambda and options stay as they are.
-    Where the effective decay was saved (by an engine that saves groups as they are in memory), lambda stands beside it.
+    Where the effective decay was saved (by an engine that saves groups as they are in memory), lambda stands beside
+    it.
     """
     if len(own) != len(saved):
         return list(saved)  # torch says what is wrong

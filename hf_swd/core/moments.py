@@ -48,9 +48,9 @@ class MomentReader:
     """
 
     def __init__(self, params: Sequence[AdamParameter]) -> None:
-        moments = [param.state.get(_MOMENT) for param in params if param.state]
-        moments = [m for m in moments if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
-        self.can_read = len(moments) == sum(bool(param.state) for param in params)
+        held = [param.state.get(_MOMENT) for param in params if param.state]
+        moments = [m for m in held if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
+        self.can_read = len(moments) == len(held)
         """Whether every state has a moment."""
         steps = _vector([param.state.get("step", 0.0) for param in params]).tolist()
         betas = {id(param.beta2) if isinstance(param.beta2, Tensor) else param.beta2 for param in params}

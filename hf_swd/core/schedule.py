@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,11 +13,14 @@ from torch._compile import _disable_dynamo
 
 from . import group_state
 from .clipping import clip_factor, scale_
+from .decay import DecayWriter
 from .grad_norm import accumulation_dtype
-from .gradients import GradientSource, GroupGradients, ParameterGradients, with_gradients
-from .recurrence import Numbers, StepTotals, advance, decay_factor
+from .gradients import GradientSource, GroupGradients, with_gradients
+from .parameter_gradients import ParameterGradients
+from .recurrence import Numbers, StepTotals, advance
 from .sharding import Shard
 from .validation import check_options, check_process_group
+from .wrappers import unwrapped
 
 
 if TYPE_CHECKING:
@@ -26,20 +28,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-# Largest lr * decay: one rounding below 1, so that 1 - lr * decay is never negative.
-_LARGEST_DECAY = 1.0 - 2.0**-52
-
-
 def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
-    """The schedule that drives `optimizer`, looked for through wrappers that keep the optimizer in `.optimizer`
-    (accelerate, DeepSpeed); `None` if there is none."""
-    while optimizer is not None:
-        attributes = getattr(optimizer, "__dict__", {})
-        schedule: WeightDecaySchedule | None = attributes.get("_decay_schedule")
-        if schedule is not None:
-            return schedule
-        optimizer = attributes.get("optimizer")
-    return None
+    """The schedule that drives `optimizer`, or one that it wraps; `None` if there is none."""
+    schedules = (getattr(each, "__dict__", {}).get("_decay_schedule") for each in unwrapped(optimizer))
+    return next(filter(None, schedules), None)
 
 
 class ScheduledStep(NamedTuple):
@@ -75,10 +67,6 @@ class WeightDecaySchedule:
     References: Xie et al., NeurIPS 2023 (arXiv 2011.11152), algorithm "AdamS"; docs/algorithm.md.
     """
 
-    decay_on_host: bool | None = None
-    """Whether the optimizer takes the decay as a number, for which the host must wait for an accelerator; `None`: if
-    the weights are on the CPU."""
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -97,7 +85,7 @@ class WeightDecaySchedule:
         check_options(options)
         check_process_group(process_group)
         self._optimizer = weakref.ref(optimizer)
-        self._warned_cap = False
+        self.decays = DecayWriter()
         self._clip_counts: tuple[Tensor | int, int] = (0, 0)
         self._grad_norm: Tensor | float = 0.0
         self._num_elements: Tensor | int = 0
@@ -185,7 +173,7 @@ class WeightDecaySchedule:
         return value.detach() if isinstance(value, Tensor) else value
 
     def clip_statistics(self) -> tuple[int, int]:
-        """How many times gradients were clipped, and how many times they were looked at for it. Makes the host wait."""
+        """How often gradients were clipped, and how often they were measured for it. Makes the host wait."""
         clipped, looks = self._clip_counts
         return int(clipped), looks
 
@@ -200,8 +188,8 @@ class WeightDecaySchedule:
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """
-        Clip the gradients in place to a total 2-norm, right for any sharding. (With the option `max_grad_norm` the step
-        does so itself, and reads the gradients once instead of twice.)
+        Clip the gradients in place to a total 2-norm, right for any sharding. (With the option `max_grad_norm` the
+        step does so itself, and reads the gradients once instead of twice.)
 
         Args:
             max_norm (`float`): largest norm of all gradients of the optimizer together, positive; `inf` only measures.
@@ -311,43 +299,7 @@ class WeightDecaySchedule:
         return group_state.numbers_in(self._groups, device, accumulation_dtype(device))
 
     def _write_decay(self, numbers: Numbers) -> list[float | Tensor]:
-        factor: float | Tensor = decay_factor(numbers, calibrated=self.reference_steps > 0)
-        on_host = factor.device.type == "cpu" if self.decay_on_host is None else self.decay_on_host
-        if on_host:
-            factor = factor.item()
-        decays = [self._effective(group, factor, numbers) for group in self._groups]
-        for group, decay in zip(self._groups, decays, strict=True):
-            group_state.write_decay(group, decay)
-        return decays
-
-    def _effective(self, group: dict[str, Any], factor: float | Tensor, numbers: Numbers) -> float | Tensor:
-        user_decay: float = group["initial_weight_decay"]
-        lr: float | Tensor = group["lr"]
-        if user_decay == 0:
-            return 0.0
-        decay = user_decay * factor
-        if isinstance(decay, Tensor):
-            if isinstance(lr, Tensor):
-                return torch.minimum(decay, (_LARGEST_DECAY / lr).to(decay))
-            return decay.clamp(max=_LARGEST_DECAY / lr) if lr > 0 else decay
-        lr = float(lr)
-        if lr * decay > _LARGEST_DECAY:
-            self._warn_of_cap(user_decay, lr, decay, float(numbers.second_moment_mean.sqrt()))
-            decay = _LARGEST_DECAY / lr
-        return decay
-
-    def _warn_of_cap(self, user_decay: float, lr: float, decay: float, rms: float) -> None:
-        if self._warned_cap:
-            return
-        self._warned_cap = True
-        warnings.warn(
-            f"the effective weight decay {decay:.3g} (weight_decay={user_decay:g}, gradient rms {rms:.3g}) times "
-            f"lr={lr:g} exceeds 1: it is held at 1/lr, which sets the weights to zero at every such step. Choose a "
-            f"smaller weight_decay (an effective 0.01 is {0.01 * rms:.2g} here), or reference_steps=100, which gives "
-            "AdamW's value its usual meaning.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        return self.decays.write(self._groups, numbers, calibrated=self.reference_steps > 0)
 
     # What engines, checkpoints and copies need
 

@@ -42,7 +42,7 @@ class Layout:
         groups = dict.fromkeys(group for kind in kinds for group in kind)
         self.is_local = not groups and process_group is None
         """Whether this rank needs no other to know everything."""
-        self.differs_between_ranks = process_group is not None or any(shard.group for shard in shards.values())
+        self.ranks_differ = process_group is not None or any(shard.group for shard in shards.values())
         """Whether a rank may hold other parameters than others, and so see changes that they do not."""
         self._num_kinds = len(kinds)
         self._kind_of_param = torch.tensor([kinds.index(kind) for kind in divided_over], device="cpu")

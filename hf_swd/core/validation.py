@@ -69,7 +69,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
     if options.get("differentiable"):
         raise ValueError(
-            "differentiable=True: the schedule does not let gradients flow through step(); use torch.optim.AdamW for that"
+            "differentiable=True: the schedule lets no gradients flow through step(); use torch.optim.AdamW for that"
         )
 
 

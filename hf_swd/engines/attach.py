@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -10,16 +9,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
-from .tensor_parallel import refuse_plain_shards
-from .zero import (
-    bind_zero,
-    find_zero_optimizer,
-    is_deepspeed_part,
-    is_zero_parameter,
+from .refusals import (
+    refuse_divided_model,
     refuse_old_version,
+    refuse_other_parameters,
     refuse_replacement,
+    refuse_step_in_backward,
     refuse_unscaled_fp16,
 )
+from .tensor_parallel import refuse_plain_shards
+from .zero import bind_zero, deepspeed_callers, find_zero_optimizer
 
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
         optimizer: what `accelerator.prepare` or `deepspeed.initialize` returned for the optimizer (or DeepSpeed's
             engine).
         model (`nn.Module`, *optional*): the prepared model; needed under FSDP1, whose parameters do not say how they
-            are sharded, and to refuse tensor parallelism of versions of transformers in which they do not either.
+            are sharded, and to refuse what other parameters do not say.
 
     Returns:
         [`WeightDecaySchedule`]: the schedule, with `grad_rms` and `step_count`.
@@ -57,8 +56,8 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     Raises:
         ValueError: the optimizer has no schedule.
         RuntimeError: under this configuration of DeepSpeed, or with the tensor parallelism of this version of
-            transformers, the schedule cannot see the whole model, or this version of DeepSpeed is too old; the message
-            says what to change.
+            transformers, the schedule cannot see the whole model; the optimizer holds none of its parameters; or this
+            version of DeepSpeed is too old. The message says what to change.
 
     Example:
 
@@ -69,20 +68,19 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
     """
     refuse_old_version(optimizer, model)
     zero_optimizer = find_zero_optimizer(optimizer) or find_zero_optimizer(model)
-    if zero_optimizer is not None:
-        return bind_zero(zero_optimizer)
     refuse_unscaled_fp16(optimizer)
-    schedule = schedule_of(optimizer)
+    schedule = schedule_of(optimizer) if zero_optimizer is None else bind_zero(zero_optimizer)
     if schedule is None:
         raise ValueError(
             f"optimizer={type(optimizer).__name__}: it has no weight decay schedule; build it with hf_swd.AdamS or "
             "wrap it in hf_swd.ScheduledWeightDecay before accelerator.prepare"
         )
-    refuse_plain_shards(model)
-    _refuse_parts(() if model is None else model.parameters())
-    shards = {} if model is None else fsdp1_shards(model)
-    if shards and schedule.reads_parameters:
-        schedule.divide(shards=shards)
+    if model is not None:
+        refuse_other_parameters(optimizer, _params(schedule.optimizer), model)
+        refuse_plain_shards(model)
+        _refuse_division(schedule, model)
+        if schedule.reads_parameters and (shards := fsdp1_shards(model)):
+            schedule.divide(shards=shards)
     return schedule
 
 
@@ -94,8 +92,10 @@ def _before_any_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, An
     schedule = schedule_of(optimizer)
     if schedule is None:
         refuse_replacement(optimizer)
-    elif schedule.reads_parameters and schedule not in _seen_whole:
-        _refuse_unknown_shards(optimizer, schedule, schedule.shards)
+        return
+    refuse_step_in_backward()
+    if schedule not in _seen_whole:
+        _before_first_step(optimizer, schedule)
 
 
 def _bind_zero_redundancy(optimizer: Any) -> None:
@@ -110,34 +110,43 @@ def _bind_zero_redundancy(optimizer: Any) -> None:
 
 
 _seen_whole: WeakSet[WeightDecaySchedule] = WeakSet()
-"""Schedules that have made a step with gradients on parameters that nobody divides."""
+"""Schedules that have made a step in which nothing of the model was hidden from them."""
 
 
-def _refuse_unknown_shards(optimizer: Optimizer, schedule: WeightDecaySchedule, known: Collection[Tensor]) -> None:
+def _before_first_step(optimizer: Optimizer, schedule: WeightDecaySchedule) -> None:
     """Parts of a model that say nothing of the whole; zeros (by which an engine allocates state) do no harm."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    _refuse_parts(params)
-    originals: list[Tensor] = []  # until the other branch is merged
-    zero = any(map(is_zero_parameter, originals))
-    fsdp = any(is_fsdp1_shard(p) and id(p) not in known for p in params)
-    if not (zero or fsdp):
-        _seen_whole.add(schedule)
-    elif any(p.grad is not None and p.grad.any() for p in params):
+    params = _params(optimizer)
+    callers = deepspeed_callers(optimizer)
+    unattached = ""
+    if schedule.reads_parameters:
+        if any(map(find_zero_optimizer, callers)):
+            unattached = "DeepSpeed ZeRO"
+        elif any(is_fsdp1_shard(p) and id(p) not in schedule.shards for p in params):
+            unattached = "FSDP"
+    if (callers or unattached) and not any(p.grad is not None and p.grad.any() for p in params):
+        return
+    if unattached:
         raise RuntimeError(
-            f"{'DeepSpeed ZeRO' if zero else 'FSDP'} shards the model, and the weight decay schedule is not attached "
-            "to it: each rank would decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with "
-            "what accelerator.prepare (or deepspeed.initialize) returned; a Trainer does it by itself after `import "
-            "hf_swd`."
+            f"{unattached} shards the model, and the weight decay schedule is not attached to it: each rank would "
+            "decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with what accelerator.prepare "
+            "(or deepspeed.initialize) returned; a Trainer does it by itself after `import hf_swd`."
         )
+    engine = next((each for each in callers if hasattr(each, "module")), None)
+    if engine is None:
+        refuse_divided_model(params)
+    else:
+        _refuse_division(schedule, engine)
+    _seen_whole.add(schedule)
 
 
-def _refuse_parts(params: Iterable[Tensor]) -> None:
-    if any(map(is_deepspeed_part, params)):
-        raise RuntimeError(
-            "scheduled weight decay cannot run with DeepSpeed's AutoTP, nor with its expert parallelism (ep_size "
-            "above 1): parameters are parts of larger ones, or experts of this rank alone, and each rank would decay "
-            "by a number of its own. Use the tensor or expert parallelism of transformers (DistributedConfig)"
-        )
+def _refuse_division(schedule: WeightDecaySchedule, model: Any) -> None:
+    """Of a model, or DeepSpeed's engine. Who builds an optimizer with a process group has said what ranks hold."""
+    says_so = schedule.reads_parameters and schedule.process_group is not None
+    refuse_divided_model(model.parameters(), None if says_so else getattr(model, "mpu", None))
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 register_optimizer_step_pre_hook(_before_any_step)

@@ -14,8 +14,8 @@ def is_fsdp1_shard(p: Tensor) -> bool:
 
 
 def fsdp1_shards(model: nn.Module) -> dict[int, Shard]:
-    """By `id`, for each parameter that FSDP1 manages: the ranks that share it, and how many scalars of it are here (without
-    padding)."""
+    """By `id`, for each parameter that FSDP1 manages: the ranks that share it, and how many scalars of it are here
+    (without padding)."""
     if not torch.distributed.is_available():
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy

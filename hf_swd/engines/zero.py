@@ -7,11 +7,10 @@ norm, and writes the decay at each. The whole model is one block, whose running 
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +22,15 @@ from ..core.gradients import GradientSource, GroupGradients
 from ..core.recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from ..core.step_hooks import drive
+from ..core.wrappers import unwrapped
+from .refusals import refuse_zero
 
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from torch.optim import Optimizer
 
-
-# Before 0.19.6 accumulated gradients are wrong below stage 3, with any optimizer (0.19.5 divides those that come
-# through a model's logits by the number of micro-batches twice); 0.19.6 loads stage 2 universal checkpoints wrongly;
-# 0.19.7 goes wrong now and then under ZeRO-3 with the optimizer on CPU, with any optimizer.
-_OLDEST = "0.19.8"
 
 # Where each of DeepSpeed's sharding optimizers keeps the model's parameters (not the padded partitions).
 _MODEL_PARAMETERS = {
@@ -45,59 +43,28 @@ _MODEL_PARAMETERS = {
 def find_zero_optimizer(optimizer: Any) -> Any | None:
     """The ZeRO optimizer inside what accelerate or DeepSpeed returned (an engine, a chain of `.optimizer`), if any."""
     base = sys.modules.get("deepspeed.runtime.base_optimizer")
-    while base is not None and optimizer is not None:
-        if isinstance(optimizer, base.ZeROOptimizer):
-            return optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
-    return None
+    if base is None:
+        return None
+    return next((each for each in unwrapped(optimizer) if isinstance(each, base.ZeROOptimizer)), None)
 
 
-def refuse_old_version(*prepared: Any) -> None:
-    """
-    Stop where one of these objects is DeepSpeed's, or accelerate's wrapper for it, and DeepSpeed trains wrongly.
-
-    Raises:
-        RuntimeError: this version of DeepSpeed is too old.
-    """
-    if not any("deepspeed" in type(each).__module__.split(".") for each in prepared):
-        return
-    from packaging.version import Version  # comes with DeepSpeed
-
-    version = importlib.metadata.version("deepspeed")
-    if Version(version) < Version(_OLDEST):
-        raise RuntimeError(
-            f"hf_swd needs deepspeed {_OLDEST} or later; this is {version}, which trains wrong weights in some "
-            f"configurations, with any optimizer (docs/distributed.md): pip install 'deepspeed>={_OLDEST}'"
-        )
+def deepspeed_callers(optimizer: Any) -> list[Any]:
+    """The objects of DeepSpeed that wrap `optimizer` and are stepping it right now. Nothing on an optimizer tells that
+    ZeRO 1 or 2 has put flat partitions into its groups."""
+    callers = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("deepspeed.runtime."):
+            callers.append(frame.f_locals.get("self"))
+        frame = frame.f_back
+    return [caller for caller in callers if any(each is optimizer for each in unwrapped(caller))]
 
 
-def is_zero_parameter(p: Tensor) -> bool:
-    """Whether ZeRO has put a part of a flat partition in the place of this parameter of a model."""
-    return any(hasattr(p, mark) for mark in ("_hp_mapping", "ds_id"))
+def clipping_norm(config: Mapping[str, Any]) -> float:
+    """To what norm DeepSpeed clips with this configuration, which need not say so; 0.0 if it does not clip."""
+    from deepspeed.runtime.config import get_gradient_clipping
 
-
-def is_deepspeed_part(p: Tensor) -> bool:
-    """Whether other ranks hold other parts of this parameter (AutoTP), or other experts in its place (MoE)."""
-    experts = getattr(p, "allreduce", True) is False and getattr(p, "group_name", "ep_size_1") != "ep_size_1"
-    return experts or getattr(p, "ds_is_replaced_module", False)
-
-
-def refuse_unscaled_fp16(optimizer: Any) -> None:
-    """
-    Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never
-    multiplied by: Adam hardly notices gradients that are all 2^16 times too small, a decay relative to them does.
-
-    Raises:
-        RuntimeError: the wrapper around the optimizer has a loss scale.
-    """
-    while optimizer is not None:
-        config = getattr(optimizer, "loss_scale_config", optimizer)  # on the optimizer itself in older versions
-        if type(optimizer).__module__.startswith("deepspeed.runtime.fp16.") and getattr(config, "cur_scale", 1) != 1:
-            raise RuntimeError(
-                "scheduled weight decay cannot run with fp16 under DeepSpeed's ZeRO stage 0, where gradients are "
-                "divided by a loss scale that the loss was not multiplied by: use stage 1 or bf16"
-            )
-        optimizer = getattr(optimizer, "optimizer", None)
+    return float(get_gradient_clipping(config))
 
 
 class ZeroGradient(GradientSource):
@@ -126,7 +93,7 @@ class ZeroGradient(GradientSource):
                 f"{name or 'the groups of parameters'!r} or 'clip_grad': use a version that "
                 "docs/distributed.md lists"
             )
-        _refuse(zero_optimizer, [p for group in groups for p in group])
+        refuse_zero(zero_optimizer, [p for group in groups for p in group])
         self._num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self._in_new_step = False
         self._must_read = True
@@ -238,51 +205,9 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
         drive(schedule)
     if schedule.max_grad_norm:
         raise RuntimeError(
-            f"max_grad_norm={schedule.max_grad_norm:g} of {type(base).__name__}: DeepSpeed ZeRO clips by itself, before "
-            "the optimizer sees a gradient; leave it out, and set gradient_clipping in DeepSpeed's config"
+            f"max_grad_norm={schedule.max_grad_norm:g} of {type(base).__name__}: DeepSpeed ZeRO clips by itself, "
+            "before the optimizer sees a gradient; leave it out, and set gradient_clipping in DeepSpeed's config"
         )
     if schedule.reads_parameters:
         schedule.measure_by(ZeroGradient(zero_optimizer))
     return schedule
-
-
-def refuse_replacement(optimizer: Optimizer) -> None:
-    """DeepSpeed's own Adam on the groups of an AdamS that accelerate has dropped, before `attach`."""
-    if not type(optimizer).__module__.startswith("deepspeed."):
-        return
-    grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
-    if any(grad is not None and grad.any() for grad in grads):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} has replaced AdamS (ZeRO-Offload does that), and nothing schedules its "
-            "weight decay: call hf_swd.attach(optimizer) once, with what accelerator.prepare returned; a Trainer does "
-            "it by itself after `import hf_swd`"
-        )
-
-
-def _refuse(zero_optimizer: Any, model_params: list[Tensor]) -> None:
-    """What cannot be made right stops here, before the first step."""
-    groups = zero_optimizer.optimizer.param_groups
-    read = functools.partial(getattr, zero_optimizer)
-    reasons = [
-        (
-            len({tuple(map(float, group["betas"])) for group in groups if "betas" in group}) > 1,
-            "different betas in the parameter groups; ZeRO knows one norm for all: give all groups the same",
-        ),
-        (read("has_moe_layers", False), "expert-parallel parameters, whose norm is another on each rank: use FSDP2"),
-        (
-            any(map(is_deepspeed_part, model_params)),
-            "AutoTP (tensor_parallel.autotp_size), of whose parameters each rank counts its own parts: use the tensor "
-            "parallelism of transformers (DistributedConfig) or of torch",
-        ),
-        (read("compute_grad_norm", True) is False, "zero_optimization.compute_grad_norm=false: leave it at true"),
-        (read("zenflow", False), "ZenFlow, which steps outside the optimizer: leave zero_optimization.zenflow out"),
-        (
-            hasattr(zero_optimizer, "superoffload_cpu_optimizer"),
-            "SuperOffload, whose optimizer is in another process: leave offload_optimizer.super_offload out",
-        ),
-        (read("backup_optimizer", None) is not None, "offload_optimizer.ratio below 1 (two optimizers): set it to 1"),
-        (any(group.get("amsgrad") for group in groups), "AMSGrad, which needs every gradient: set amsgrad=False"),
-    ]
-    found = [reason for holds, reason in reasons if holds]
-    if found:
-        raise RuntimeError("scheduled weight decay cannot run with " + "; nor with ".join(found))

@@ -8,12 +8,12 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..core.schedule import schedule_of
 from ..engines.attach import attach, is_scheduled
+from ..engines.zero import clipping_norm
 from . import watch
-from .optim_args import parse_optim_args
 
 
 if TYPE_CHECKING:
-    from transformers.trainer_callback import TrainerControl, TrainerState
+    from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
     from transformers.training_args import TrainingArguments
 
 
@@ -29,9 +29,8 @@ class SWDCallback(TrainerCallback):
     the last step, and `swd/grad_rms`, the root of the mean second moment that it was divided by. TensorBoard shows
     them as `train/swd/weight_decay` and `train/swd/grad_rms`, as it renames all training logs.
 
-    `import hf_swd` makes it a default callback of every Trainer; there it acts before the trackers' callbacks, so they
-    see both keys. Without a schedule on the Trainer's optimizer it logs nothing. A second one on the same Trainer
-    changes nothing.
+    `import hf_swd` has it join every Trainer whose optimizer has a schedule when a training begins; there it acts
+    before the trackers' callbacks, so they see both keys. A second one on the same Trainer changes nothing.
 
     Warnings, through the logger `hf_swd.trainer`, once per training and on the main process only:
 
@@ -44,18 +43,6 @@ class SWDCallback(TrainerCallback):
     - a resumed checkpoint of scheduled weight decay in an optimizer that has no schedule.
     """
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        if optimizer is None:
-            self._check_arguments(args)
-
-    # The default callback has that of `hf_swd.registration` instead, which also knows whether registration succeeded.
-    @staticmethod
-    def _check_arguments(args: TrainingArguments) -> None:
-        if args.optim == "adams":
-            parse_optim_args(args.optim_args)
-
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -66,7 +53,7 @@ class SWDCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if is_scheduled(optimizer):
-            watch.begin(attach(optimizer, model), state, args.max_grad_norm or 0.0)
+            watch.begin(attach(optimizer, model), state, _clipping_norm(args), args.max_grad_norm or 0.0)
         elif optimizer is not None:
             watch.begin_without_schedule(optimizer, state)
 
@@ -95,9 +82,30 @@ class SWDCallback(TrainerCallback):
             and "loss" in state.log_history[-1]
         ):
             state.log_history[-1].update(values)
-        watch.after_log(optimizer, logs.get("grad_norm", 0.0), args.max_grad_norm or 0.0)
+        watch.after_log(optimizer, logs.get("grad_norm", 0.0), _clipping_norm(args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        watch.end(optimizer, args.max_grad_norm or 0.0)
+        watch.end(optimizer, _clipping_norm(args))
+
+
+def join(handler: CallbackHandler, state: TrainerState) -> None:
+    """When a training begins: a [`SWDCallback`] for an optimizer with a schedule, a warning for one that lacks it."""
+    if is_scheduled(handler.optimizer):
+        put_first(handler.callbacks)
+    elif handler.optimizer is not None:
+        watch.begin_without_schedule(handler.optimizer, state)
+
+
+def put_first(callbacks: list[TrainerCallback]) -> None:
+    """Have a [`SWDCallback`] among a Trainer's callbacks, before the trackers', which then see what it logs."""
+    if not any(isinstance(callback, SWDCallback) for callback in callbacks):
+        callbacks.append(SWDCallback())
+    callbacks.sort(key=lambda callback: not isinstance(callback, SWDCallback))
+
+
+def _clipping_norm(args: TrainingArguments) -> float:
+    """To what norm gradients are clipped, 0.0 for no clipping. DeepSpeed clips by itself."""
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    return args.max_grad_norm or 0.0 if deepspeed is None else clipping_norm(deepspeed.config)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.trainer import Trainer
 
-from .callback import SWDCallback
+from .callback import put_first
 from .shared_norm import shared_norm
 
 
@@ -33,8 +33,7 @@ class SWDTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not any(isinstance(callback, SWDCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(SWDCallback)
+        put_first(self.callback_handler.callbacks)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with shared_norm(self):

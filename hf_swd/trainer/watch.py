@@ -64,8 +64,9 @@ def _begin(watched: Any, state: TrainerState, clips: tuple[int, int] = (0, 0)) -
     return watch
 
 
-def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float) -> None:
-    """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded."""
+def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, max_grad_norm: float) -> None:
+    """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded; its arguments say
+    `max_grad_norm`."""
     watch = _begin(schedule, state, schedule.clip_statistics())
     optimizer = schedule.optimizer
     if largest(optimizer, "initial_weight_decay") == 0:
@@ -77,13 +78,27 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float) -
             'optim_args="reference_steps=100".',
         )
     elif max_norm > 0 and not schedule.unclipped_norm:
+        clips = f"max_grad_norm={max_norm:g}"
+        if max_norm != max_grad_norm:
+            clips = (
+                f"DeepSpeed clips to gradient_clipping={max_norm:g}, which its configuration leaves out (with "
+                f'"gradient_clipping": "auto" it would be max_grad_norm={max_grad_norm:g})'
+            )
         watch.warn(
             "clipped norm",
-            f"max_grad_norm={max_norm:g}: scheduled weight decay follows the gradient as it is after clipping. While "
+            f"{clips}: scheduled weight decay follows the gradient as it is after clipping. While "
             "steps are clipped (in most fine-tuning nearly all are), its norm is constant, and so is the decay, as in "
             f"AdamW. {_TWO_WAYS_OUT}",
         )
-    if watch.first_step > 0:
+    if watch.first_step > 0 and schedule.step_count == 0 and not optimizer.state:
+        watch.warn(
+            "no state",
+            f"training goes on at step {watch.first_step}, but its checkpoint has no state for this optimizer "
+            "(DeepSpeed writes one for itself alone, save_only_model none): the moments and the schedule, with "
+            "reference_steps, start at step 0, as AdamW would. To go on with them, resume with the engine that wrote "
+            "the checkpoint.",
+        )
+    elif watch.first_step > 0:
         _check_loaded_options(watch, optimizer)
 
 

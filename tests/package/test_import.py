@@ -100,7 +100,6 @@ def test_nothing_is_registered_if_the_environment_says_so(monkeypatch):
         assert sys.meta_path == before
         from hf_swd import SWDTrainer, SWDCallback
         from transformers import Trainer
-        from transformers.trainer import DEFAULT_CALLBACKS
         from transformers.training_args import OptimizerNames, TrainingArguments
         import torch
         assert "adams" not in set(OptimizerNames) and not hasattr(Trainer._inner_training_loop, "__wrapped__")
@@ -141,7 +140,8 @@ LAYERS = [
 # Beside torch and the standard library.
 PACKAGES = {
     "param_groups": {"typing_extensions"},  # of type checkers only
-    "engines.zero": {"deepspeed", "packaging"},
+    "engines.zero": {"deepspeed"},
+    "engines.refusals": {"packaging"},
     "trainer": {"accelerate", "transformers"},
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
@@ -149,7 +149,8 @@ PACKAGES = {
 }
 # Names that only one module may know: the marks that engines leave on parameters, and engines' insides.
 INSIDES = {
-    "engines.zero": r"_hp_mapping|_z3_optimizer|ds_(id|numel|tensor|shape|status|is_replaced_module)",
+    "engines.zero": r"_hp_mapping|_z3_optimizer|ds_(id|numel|tensor|shape|status)",
+    "engines.refusals": r"ds_is_replaced_module|allreduce",
     "engines.tensor_parallel": r"_tp_size|tp_plan",
     "engines.fsdp1": r"_fsdp_flattened|_flat_param|flat_param|_shard_param_infos|_shard_numel_padded|_use_orig_params",
 }

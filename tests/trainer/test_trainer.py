@@ -129,15 +129,53 @@ def test_second_callback_changes_nothing(tmp_path, caplog):
     assert training_logs(doubled) == training_logs(plain) and training_logs(plain)[0].keys() == keys
 
 
+class Tracker(TrainerCallback):
+    """What a tracker sees of each log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("own", [(), (SWDCallback,)], ids=["joins", "of-the-user"])
+@both_trainers
+def test_trackers_see_the_schedule_in_every_training(tmp_path, trainer_class, own):
+    """The callback acts before them, wherever it stands, and joins once, however often a Trainer trains."""
+    tracker = Tracker()
+    trainer = train(tmp_path, trainer_class, trainer_kwargs={"callbacks": [tracker, *(cls() for cls in own)]})
+    trainer.args.max_steps = 8
+    trainer.train()
+    assert sum(isinstance(callback, SWDCallback) for callback in trainer.callback_handler.callbacks) == 1
+    seen = [entry for entry in tracker.logs if "loss" in entry]
+    assert len(seen) == 14 and all({DECAY, RMS} <= entry.keys() for entry in seen)
+
+
+def test_a_trainer_without_adams_has_the_callbacks_that_transformers_gives_it(tmp_path):
+    """As transformers' own test_default_callbacks_are_present has it: before, during and after a training."""
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.during = list(trainer.callback_handler.callbacks)
+
+    looks = Looks()
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
+    trainer = Trainer(tiny_bert(), args, train_dataset=sentences(), callbacks=[looks])
+    before = list(trainer.callback_handler.callbacks)
+    assert [type(callback).__name__ for callback in before] == ["DefaultFlowCallback", "Looks", "PrinterCallback"]
+    trainer.train()
+    assert looks.during == trainer.callback_handler.callbacks == before
+
+
 def test_callback_of_the_user_without_registration(tmp_path):
-    """The default callback taken away, and the schedule on another optimizer than AdamS."""
+    """The user's own callback, and the schedule on another optimizer than AdamS."""
     model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=5e-4)
     schedule = ScheduledWeightDecay(optimizer)
     args = arguments(tmp_path, optim="adamw_torch", optim_args=None)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     trainer = Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, scheduler))
-    trainer.remove_callback(SWDCallback)
     trainer.add_callback(SWDCallback())
     trainer.train()
     assert schedule.step_count == 6
@@ -668,7 +706,7 @@ def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog)
 
     args = arguments(tmp_path, weight_decay=0.0, max_steps=2)
     trainer = Trainer(tiny_bert(), args, train_dataset=sentences())
-    trainer.callback_handler.callbacks.insert(0, OtherProcess())
+    trainer.is_world_process_zero = lambda: False
     trainer.train()
     assert len(messages(caplog)) == 2
 
@@ -676,16 +714,11 @@ def test_each_training_warns_anew_and_only_on_the_main_process(tmp_path, caplog)
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 
 
-class OtherProcess(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.is_world_process_zero = False
-
-
-def resume(trainer_class, output_dir, *, callbacks=(), first=(), **changes):
+def resume(trainer_class, output_dir, *, callbacks=(), on_main_process=True, **changes):
     """A training with other settings from the checkpoint that there is."""
     args = arguments(output_dir, **SAVING, **changes)
     trainer = trainer_class(tiny_bert(), args, train_dataset=sentences(), callbacks=list(callbacks))
-    trainer.callback_handler.callbacks[:0] = first
+    trainer.is_world_process_zero = lambda: on_main_process
     trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-3"))
     assert trainer.state.global_step == 6
     return trainer
@@ -703,8 +736,29 @@ def test_adamw_that_goes_on_from_a_checkpoint_of_adams_says_so_once(tmp_path, ca
     assert "checkpoint was written with scheduled weight decay (3 steps of it), but AdamW has no schedule" in message
     assert f"goes on with the constant weight_decay={decay:g}." in message and 'optim="adams"' in message
     assert all(DECAY not in entry for entry in training_logs(resumed)[3:])
-    resume(trainer_class, tmp_path, first=[OtherProcess()], **settings)
+    resume(trainer_class, tmp_path, on_main_process=False, **settings)
     assert len(messages(caplog)) == 1
+
+
+@both_trainers
+def test_checkpoint_without_the_state_of_the_optimizer_says_where_the_schedule_begins(tmp_path, caplog, trainer_class):
+    """DeepSpeed's checkpoint under DDP looks like this to a Trainer."""
+    train(tmp_path, **SAVING)
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    resumed = resume(trainer_class, tmp_path)
+    (message,) = messages(caplog)
+    assert "goes on at step 3, but its checkpoint has no state for this optimizer" in message
+    assert resumed.optimizer.optimizer.schedule.step_count == 3
+    resume(trainer_class, tmp_path, on_main_process=False)
+    assert len(messages(caplog)) == 1
+
+
+@both_trainers
+def test_checkpoint_of_adamw_is_taken_over_without_a_word(tmp_path, caplog, trainer_class):
+    train(tmp_path, **SAVING, optim="adamw_torch", optim_args=None)
+    resumed = resume(trainer_class, tmp_path)
+    assert resumed.optimizer.optimizer.schedule.step_count == 6
+    assert messages(caplog) == []
 
 
 @both_trainers
@@ -740,5 +794,5 @@ def test_checkpoint_with_other_options_names_all_of_them_in_one_warning(tmp_path
     )
     assert "built with reference_steps=50, unclipped_norm=False, amsgrad=False: the checkpoint's are used" in message
     assert 'assign group["reference_steps"], group["unclipped_norm"], group["amsgrad"] in every group' in message
-    resume(SWDTrainer, tmp_path, optim_args="reference_steps=50", first=[OtherProcess()])
+    resume(SWDTrainer, tmp_path, optim_args="reference_steps=50", on_main_process=False)
     assert len(messages(caplog)) == 1
