@@ -69,9 +69,8 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.optim == _NAME:
         _refuse_failures()
         parse_optim_args(args.optim_args)
-    # transformers has read it by the end of __post_init__, or, if it is accelerate's, when the Trainer is built.
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    configured = None if deepspeed is None else deepspeed.config.get("optimizer")
+    plugin = getattr(args, "deepspeed_plugin", None)  # there at the end of __post_init__
+    configured = None if plugin is None else plugin.hf_ds_config.config.get("optimizer")
     name = None if configured is None else configured.get("type")
     if configured is not None and _NAME in (args.optim, str(name).lower()):
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.schedule import WeightDecaySchedule, schedule_of
@@ -22,7 +23,7 @@ from .zero import bind_zero, deepspeed_callers, find_zero_optimizer
 
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -131,7 +132,7 @@ def _before_first_step(optimizer: Optimizer, schedule: WeightDecaySchedule) -> N
             "decay by a number of its own. Call hf_swd.attach(optimizer, model) once, with what accelerator.prepare "
             "(or deepspeed.initialize) returned; a Trainer does it by itself after `import hf_swd`."
         )
-    engine = next((each for each in callers if hasattr(each, "module")), None)
+    engine = next((each for each in callers if isinstance(each, nn.Module)), None)
     if engine is None:
         refuse_divided_model(params)
     else:

@@ -107,5 +107,5 @@ def put_first(callbacks: list[TrainerCallback]) -> None:
 
 def _clipping_norm(args: TrainingArguments) -> float:
     """To what norm gradients are clipped, 0.0 for no clipping. DeepSpeed clips by itself."""
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    return args.max_grad_norm or 0.0 if deepspeed is None else clipping_norm(deepspeed.config)
+    plugin = args.deepspeed_plugin
+    return args.max_grad_norm or 0.0 if plugin is None else clipping_norm(plugin.hf_ds_config.config)

@@ -114,6 +114,7 @@ def reset() -> None:
     unset_hf_deepspeed_config()
     for name in [n for n in os.environ if n.startswith(("FSDP_", "PARALLELISM_CONFIG_"))] + [
         "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE",
         "ACCELERATE_USE_FSDP",
         "ACCELERATE_USE_PARALLELISM_CONFIG",
         "ACCELERATE_MIXED_PRECISION",

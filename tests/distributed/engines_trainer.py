@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -68,15 +69,18 @@ def _trainer(
     kind: str = "bert",
     sizes: dict[str, Any] | None = None,
     parallelism: dict[str, int] | None = None,
+    environment: dict[str, str] | None = None,
     **changes: Any,
 ) -> Any:
-    """The engine "divided" is a model that `from_pretrained` divides by `sizes`; accelerate may be told so, too."""
+    """The engine "divided" is a model that `from_pretrained` divides by `sizes`; accelerate may be told so, too, and
+    told anything by its `environment`."""
     import accelerate
     import transformers
 
     sizes = sizes or {}
     pretend_gpus.install()
     engines_accelerate.reset()
+    os.environ.update(environment or {})
     data = divided.data_world(sizes) if engine == "divided" else dist.get_world_size()
     arguments = transformers.TrainingArguments(
         folder,
