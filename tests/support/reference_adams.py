@@ -35,12 +35,12 @@ def rms_of_moments(optimizer: torch.optim.Optimizer) -> float:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
-            if state:
+            if state and state["step"]:
                 v = state["exp_avg_sq"].detach()
                 v = as_real64(v.full_tensor() if hasattr(v, "full_tensor") else v)
                 total += v.sum().item() / (1 - float(group["betas"][1]) ** float(state["step"]))
                 count += v.numel()
-    return sqrt(total / count)
+    return sqrt(total / count) if count else 0.0
 
 
 def fresh_state(p: Tensor) -> dict:
