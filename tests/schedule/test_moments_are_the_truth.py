@@ -200,6 +200,12 @@ def scaled_there_and_back(run):
             state[key] = torch.tensor(value * (4.0 if key == "exp_avg_sq" else 1.0))
 
 
+def scaled_there_and_back_one_by_one(run):
+    for state in run.state.values():
+        values = state.pop("exp_avg_sq").numpy() * 4.0
+        state["exp_avg_sq"] = torch.tensor(values)
+
+
 def other_moments(run):
     for state in run.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"] * 4.0
@@ -218,33 +224,36 @@ def cleared(run):
     run.state.clear()
 
 
-def other_step_count(run):
-    run.state[run.params[0]]["step"].fill_(40)
-
-
 EDITS = [
     clones,
     there_and_back,
     scaled_there_and_back,
+    scaled_there_and_back_one_by_one,
     other_moments,
     other_moments_twice,
     popped,
     cleared,
-    other_step_count,
 ]
 
 
 @every_kind
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_next_step_has_the_rms_of_the_state_that_is_there(kind, edit):
-    if edit is other_step_count and kind == "RAdam":
-        edit = popped
+    run = Scheduled(kind)
+    for seed in range(4, 16, 2):
+        run.step(seed)
+        edit(run)
+        run.step(seed + 1)
+        run.check()
+
+
+@every_kind
+def test_step_counts_changed_in_place_count_after_refresh(kind):
     run = Scheduled(kind)
     run.steps(0, 4)
-    edit(run)
-    run.step(4)
-    run.check()
-    run.step(5)
+    run.state[run.params[0]]["step"].fill_(40)
+    run.schedule.refresh()
+    run.steps(4, 6)
     run.check()
 
 
@@ -381,14 +390,14 @@ class OutOfMemory(TorchDispatchMode):
 
     def __init__(self, run, name=None):
         super().__init__()
-        tensors = [*run.params, *(value for state in run.state.values() for value in state.values())]
-        self.storages = {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
-        self.name = name
+        self.run, self.name = run, name
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.is_mutable and self.name in (None, func.overloadpacket.__name__):
-            written = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            if any(t.untyped_storage().data_ptr() in self.storages for t in written):
+            held = [*self.run.params, *tree_leaves([*self.run.state.values()])]
+            storages = {t.untyped_storage().data_ptr() for t in held}
+            given = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            if any(t.untyped_storage().data_ptr() in storages for t in given):
                 raise torch.OutOfMemoryError("out of memory")
         return func(*args, **(kwargs or {}))
 
