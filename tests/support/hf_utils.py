@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
@@ -41,3 +41,22 @@ def arguments(output_dir, cls: type[TrainingArguments] = TrainingArguments, **ch
         "seed": 7,
     }
     return cls(output_dir=str(output_dir), **{**settings, **changes})
+
+
+def train(output_dir, trainer_class=Trainer, *, model=None, resume=None, trainer_kwargs=None, **changes):
+    """A Trainer that has trained `tiny_bert()`, or `model`, with [`arguments`]."""
+    args = arguments(output_dir, **changes)
+    trainer = trainer_class(model or tiny_bert(), args, train_dataset=sentences(), **(trainer_kwargs or {}))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def distance(actual, expected):
+    """Difference of the models that two Trainers made of `tiny_bert()`, in units of the distance that the second has
+    travelled."""
+    end = flat(expected.model)
+    return (flat(actual.model) - end).norm() / (end - flat(tiny_bert())).norm()

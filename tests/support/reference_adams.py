@@ -28,6 +28,21 @@ def as_real64(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double().clone()
 
 
+def rms_of_moments(optimizer: torch.optim.Optimizer) -> float:
+    """sqrt(v_bar) as the moments in an optimizer's state tell it, over every element of every parameter that has any;
+    sharded ones are put together first."""
+    total, count = 0.0, 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state and state["step"]:
+                v = state["exp_avg_sq"].detach()
+                v = as_real64(v.full_tensor() if hasattr(v, "full_tensor") else v)
+                total += v.sum().item() / (1 - float(group["betas"][1]) ** float(state["step"]))
+                count += v.numel()
+    return sqrt(total / count) if count else 0.0
+
+
 def fresh_state(p: Tensor) -> dict:
     """State of a parameter before its first step: steps, moments, maximum of the second, second moment of the
     unclipped gradients."""

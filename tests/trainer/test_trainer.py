@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
-from hf_utils import arguments, sentences, tiny_bert
+from hf_utils import arguments, distance, flat, sentences, tiny_bert, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
@@ -28,28 +28,12 @@ CLIPPED_NORM = "follows the gradient as it is after clipping"
 both_trainers = pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])
 
 
-def train(output_dir, trainer_class=Trainer, *, model=None, resume=None, trainer_kwargs=None, **changes):
-    args = arguments(output_dir, **changes)
-    trainer = trainer_class(model or tiny_bert(), args, train_dataset=sentences(), **(trainer_kwargs or {}))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
 def training_logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def weights(trainer):
     return flat(trainer.model)
-
-
-def distance(actual, expected):
-    """Difference of two trainings of `tiny_bert()`, in units of the distance that the second has travelled."""
-    return (weights(actual) - weights(expected)).norm() / (weights(expected) - flat(tiny_bert())).norm()
 
 
 def messages(caplog):
