@@ -1,4 +1,5 @@
-"""What scheduled weight decay cannot be right under: each function stops such a run before a weight changes."""
+"""What scheduled weight decay cannot be right under: each function raises a `RuntimeError`, which says what to change,
+before a weight changes."""
 
 from __future__ import annotations
 
@@ -27,12 +28,7 @@ _Reason = tuple[object, str]
 
 
 def refuse_old_version(*prepared: Any) -> None:
-    """
-    Stop where one of these objects is DeepSpeed's, or accelerate's wrapper for it, and DeepSpeed trains wrongly.
-
-    Raises:
-        RuntimeError: this version of DeepSpeed is too old.
-    """
+    """One of these objects is DeepSpeed's, or accelerate's wrapper for it, and this DeepSpeed trains wrongly."""
     if not any("deepspeed" in type(each).__module__.split(".") for each in prepared):
         return
     from packaging.version import Version  # comes with DeepSpeed
@@ -47,12 +43,7 @@ def refuse_old_version(*prepared: Any) -> None:
 
 
 def refuse_step_in_backward() -> None:
-    """
-    Stop where the optimizer steps while the gradients are still being computed.
-
-    Raises:
-        RuntimeError: a backward pass is running.
-    """
+    """The optimizer steps while gradients are still being computed."""
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "the optimizer steps during the backward pass (torch's _apply_optimizer_in_backward, or a hook on a "
@@ -62,17 +53,7 @@ def refuse_step_in_backward() -> None:
 
 
 def refuse_other_parameters(optimizer: Any, held: Iterable[Tensor], model: nn.Module) -> None:
-    """
-    Stop where the optimizer trains nothing of the model.
-
-    Args:
-        optimizer: as it was prepared. DeepSpeed's wrappers have it train copies, which is all right.
-        held (`Iterable[Tensor]`): the parameters in its groups.
-        model (`nn.Module`): the prepared model.
-
-    Raises:
-        RuntimeError: the model has trainable parameters, and the optimizer holds none of them.
-    """
+    """The optimizer, which holds `held`, trains nothing of the prepared model. Under DeepSpeed it trains copies."""
     if any(type(each).__module__.startswith("deepspeed.") for each in (model, *unwrapped(optimizer))):
         return
     ids = set(map(id, held))
@@ -86,13 +67,8 @@ def refuse_other_parameters(optimizer: Any, held: Iterable[Tensor], model: nn.Mo
 
 
 def refuse_unscaled_fp16(optimizer: Any) -> None:
-    """
-    Stop under DeepSpeed's stage 0 in fp16, which (0.19.8) divides gradients by a loss scale that the loss was never
-    multiplied by: Adam hardly notices gradients that are all 2^16 times too small, a decay relative to them does.
-
-    Raises:
-        RuntimeError: the wrapper around the optimizer has a loss scale.
-    """
+    """DeepSpeed's stage 0 in fp16 (0.19.8) divides gradients by a loss scale that the loss was never multiplied by:
+    Adam hardly notices gradients that are all 2^16 times too small, a decay relative to them does."""
     for each in unwrapped(optimizer):
         config = getattr(each, "loss_scale_config", each)  # on the optimizer itself in older versions
         is_wrapper = type(each).__module__.startswith("deepspeed.runtime.fp16.")
@@ -106,12 +82,7 @@ def refuse_unscaled_fp16(optimizer: Any) -> None:
 
 
 def refuse_replacement(optimizer: Optimizer) -> None:
-    """
-    Stop DeepSpeed's own Adam on the groups of an AdamS that accelerate has dropped, before `attach`.
-
-    Raises:
-        RuntimeError: a gradient is not zero, and nothing schedules the decay.
-    """
+    """DeepSpeed's own Adam steps on the groups of an AdamS that accelerate has dropped, before `attach`."""
     if not type(optimizer).__module__.startswith("deepspeed."):
         return
     grads = (p.grad for group in optimizer.param_groups if "initial_weight_decay" in group for p in group["params"])
@@ -124,30 +95,13 @@ def refuse_replacement(optimizer: Optimizer) -> None:
 
 
 def refuse_divided_model(params: Iterable[Tensor], mpu: Any = None) -> None:
-    """
-    Stop where ranks hold different parts of the model, and neither the parameters nor the optimizer say which.
-
-    Args:
-        params (`Iterable[Tensor]`): the model's.
-        mpu (*optional*): DeepSpeed's engine or ZeRO optimizer has it: who holds what, under model parallelism.
-
-    Raises:
-        RuntimeError: it is DeepSpeed's AutoTP, expert parallelism or pipeline, or tensor parallelism by hand.
-    """
+    """Ranks hold different parts of the model, of which neither its parameters nor the optimizer tell. DeepSpeed's
+    `mpu` knows of them under model parallelism."""
     _stop(*_division(params, mpu))
 
 
 def refuse_zero(zero_optimizer: Any, params: Iterable[Tensor]) -> None:
-    """
-    Stop where ZeRO leaves the schedule without the norm, or the size, of the whole model.
-
-    Args:
-        zero_optimizer: DeepSpeed's wrapper around the optimizer.
-        params (`Iterable[Tensor]`): the model's.
-
-    Raises:
-        RuntimeError: the configuration is such a one.
-    """
+    """ZeRO leaves the schedule without the norm, or the size, of the whole model, whose parameters are `params`."""
     groups = zero_optimizer.optimizer.param_groups
 
     def read(name: str, default: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Binding to DeepSpeed ZeRO: the only module with names of DeepSpeed's inside.
+"""Binding to DeepSpeed ZeRO: with `refusals`, the only module with names of DeepSpeed's inside.
 
 ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and
 computes the norm of the whole gradient beforehand. The schedule advances at the first of these inner steps, from that

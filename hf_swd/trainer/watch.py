@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..core.schedule import schedule_of
+from ..core.wrappers import unwrapped
 
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, m
 
 def begin_without_schedule(optimizer: Any, state: TrainerState) -> None:
     """Like [`begin`], with an optimizer that has no schedule."""
-    optimizer = _innermost(optimizer)
+    *_, optimizer = unwrapped(optimizer)
     steps = largest(optimizer, "schedule_step")
     if steps > 0:
         _begin(optimizer, state).warn(
@@ -149,12 +150,6 @@ def end(optimizer: Any, max_norm: float) -> None:
 def largest(optimizer: Any, key: str) -> float:
     """Of the values that the parameter groups have for `key`; 0 where none has it. Makes the host wait."""
     return max((float(group[key]) for group in optimizer.param_groups if key in group), default=0.0)
-
-
-def _innermost(optimizer: Any) -> Any:
-    while (inner := getattr(optimizer, "__dict__", {}).get("optimizer")) is not None:
-        optimizer = inner
-    return optimizer
 
 
 def _check_loaded_options(watch: _Watch, optimizer: Any) -> None:

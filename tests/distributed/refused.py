@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +28,15 @@ def _attach(how: str, optimizer: Any, engine: Any) -> None:
         hf_swd.attach(optimizer, *([engine] if how == "both" else []))
 
 
-def _forget_mpu() -> None:
-    """DeepSpeed goes on with it in all engines of the process."""
+@contextlib.contextmanager
+def _forgotten_mpu() -> Iterator[None]:
+    """DeepSpeed would go on with it in all engines of the process."""
     from deepspeed.utils import groups
 
-    groups.mpu = None
+    try:
+        yield
+    finally:
+        groups.mpu = None
 
 
 # DeepSpeed's pipeline
@@ -70,16 +75,16 @@ def _pipeline(stage: int, attach: str, process_group: bool) -> tuple[Any, Callab
 def refused_pipeline(stage: int, *, attach: str = "both", process_group: bool = False) -> dict[str, Any]:
     engine, run = _pipeline(stage, attach, process_group)
     before = whole_weights(engine.module.named_parameters())
-    message = message_of(run)
-    _forget_mpu()
+    with _forgotten_mpu():
+        message = message_of(run)
     return {"message": message, "before": before, "weights": whole_weights(engine.module.named_parameters())}
 
 
 def pipeline_of_stage_0(attach: str) -> float:
     """With `process_group`: how far the weights are from those of one process, relative to the distance travelled."""
     engine, run = _pipeline(0, attach, process_group=True)
-    run()
-    _forget_mpu()
+    with _forgotten_mpu():
+        run()
     reference = nn.Sequential(*_layers())
     before = {n: p.detach().clone() for n, p in reference.named_parameters()}
     optimizer = hf_swd.AdamS(reference.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
@@ -136,8 +141,8 @@ def refused_mpu(stage: int, *, attach: str = "both", dtype: str = "fp32") -> dic
         engine.backward(engine(**batches(last=1)[0]).loss)
         engine.step()
 
-    message = message_of(run)
-    _forget_mpu()
+    with _forgotten_mpu():
+        message = message_of(run)
     return {"message": message, "before": before, "weights": weights(engine)}
 
 

@@ -150,7 +150,7 @@ PACKAGES = {
 # Names that only one module may know: the marks that engines leave on parameters, and engines' insides.
 INSIDES = {
     "engines.zero": r"_hp_mapping|_z3_optimizer|ds_(id|numel|tensor|shape|status)",
-    "engines.refusals": r"ds_is_replaced_module|allreduce",
+    "engines.refusals": r"ds_is_replaced_module",
     "engines.tensor_parallel": r"_tp_size|tp_plan",
     "engines.fsdp1": r"_fsdp_flattened|_flat_param|flat_param|_shard_param_infos|_shard_numel_padded|_use_orig_params",
 }

@@ -174,6 +174,17 @@ def test_without_a_schedule_nothing_is_added(tmp_path, caplog, trainer_class):
     assert messages(caplog) == []
 
 
+def test_optimizer_that_is_its_own_optimizer_trains(tmp_path):
+    """The look for a schedule, or for a checkpoint of one, used to go on in it without end."""
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer.optimizer = optimizer
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=2)
+    trainer = Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, None))
+    trainer.train()
+    assert len(training_logs(trainer)) == 2
+
+
 # Ways to build the optimizer
 
 
