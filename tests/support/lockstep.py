@@ -69,7 +69,8 @@ class LockStep:
         self.kwargs = {**HYPER, **kwargs, **(path or {})}
         self.rtol = rtol or RTOL[groups[0]["params"][0].dtype]
         self.optimizer = AdamS([dict(group) for group in groups], **self.kwargs)
-        self.reference = ReferenceAdamS(groups, **{**HYPER, **kwargs})
+        options = {key: value for key, value in kwargs.items() if key != "max_grad_norm"}
+        self.reference = ReferenceAdamS(groups, **{**HYPER, **options})
         self.seed = 0
 
     @property
@@ -106,11 +107,12 @@ class LockStep:
         (call or self.optimizer.step)()
         self.step_reference(gradients)
 
-    def step_reference(self, gradients: Gradients) -> None:
-        """The reference's step, with the optimizer's present learning rates and betas; then compare."""
+    def step_reference(self, gradients: Gradients, unclipped: Gradients | None = None) -> None:
+        """The reference's step, with the optimizer's present learning rates and betas; then compare. `unclipped`: what
+        gradients were before clipping."""
         for group, mine in zip(self.reference.groups, self.optimizer.param_groups, strict=True):
             group.update(lr=float(mine["lr"]), betas=tuple(float(beta) for beta in mine["betas"]))
-        self.reference.step(gradients)
+        self.reference.step(gradients, unclipped)
         self.compare()
 
     def run(self, steps: int, missing: Callable[[int, int], bool] = lambda i, step: False) -> None:
