@@ -51,7 +51,7 @@ EDITS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 class _Found:
-    """After each step: the schedule's rms and decay, and the rms that the moments tell (put together from all ranks)."""
+    """After each step: the schedule's rms and decay, and the rms that the moments of all ranks tell."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
