@@ -121,8 +121,7 @@ def test_kernel_is_fused_unless_chosen_otherwise(path, fused):
 # Low precision: rounding to 8 or 11 bits makes every trajectory drift from the float64 one, and a bfloat16 second
 # moment stalls (v * 0.999 rounds back to v). So the weights are compared with torch's AdamW, driven by the reference's
 # decay (a difference in the last bit of the decay may round one weight differently: one unit in the last place of the
-# largest), and grad_rms, which must come from the gradients and not from the stalled moments, with the reference
-# itself.
+# largest), and grad_rms with the reference that begins every step with the moments that are there.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @every_path
 def test_low_precision_equals_adamw_with_the_reference_decay(path, dtype):

@@ -45,7 +45,9 @@ class Scaled:
 def snapshot(optimizer: AdamS) -> tuple:
     tensors = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     tensors += [value.clone() for state in optimizer.state.values() for value in state.values()]
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = optimizer.state_dict()["param_groups"]
+    for group in groups:
+        del group["tried_steps"]  # which is what it was
     return tensors, (optimizer.grad_rms, optimizer.schedule.step_count, groups)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import pickle
 import subprocess
@@ -12,11 +11,9 @@ import textwrap
 
 import pytest
 import torch
-from lockstep import HYPER, PATHS, LockStep, assert_close, parameters
+from lockstep import HYPER, PATHS, LockStep, assert_close, parameters, through_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import Parameter
-
-from hf_swd import AdamS
 
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -44,13 +41,6 @@ def two_groups(dtype: torch.dtype = torch.float64) -> list[dict]:
         {"params": parameters(dtype=dtype)},
         {"params": parameters(((4,), (2, 2)), dtype), "lr": 3e-2, "weight_decay": 0.03, "betas": (0.8, 0.99)},
     ]
-
-
-def through_file(state_dict: dict, weights_only: bool = True) -> dict:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=weights_only)
 
 
 def through_json(state_dict: dict) -> dict:
@@ -115,14 +105,8 @@ def jump_after_resume(pair: LockStep, missing) -> float:
     return jump
 
 
-# bfloat16 moments stall (v * 0.999 rounds back to v): their sum is off by 0.2 % (fused) to 2 % here, so that a resume
-# must not rebuild anything from them.
 class TestBf16MomentsMakeNoJump:
-    def test_the_moments_do_stall(self, path=PATHS["forloop"]):
-        pair = LockStep([{"params": parameters(dtype=torch.bfloat16)}], path=path, rtol=float("inf"))
-        pair.run(100)
-        moments = torch.cat([state["exp_avg_sq"].double().flatten() for state in pair.optimizer.state.values()])
-        assert abs((moments.mean() / (1 - 0.999**100)).sqrt().item() / pair.optimizer.grad_rms - 1) > 0.01
+    """Small changes of them are rounded away, and what is left is what every step begins with."""
 
     @pytest.mark.parametrize("missing", [never_missing, lambda i, step: i == 0], ids=["all_gradients", "one_never"])
     @every_path
@@ -230,7 +214,7 @@ def test_load_leaves_the_given_state_dict_alone():
 def reference_state(optimizer: torch.optim.Optimizer, p: Parameter) -> dict:
     """What the reference keeps for a parameter, from an AdamW's state."""
     state, zeros = optimizer.state.get(p, {}), torch.zeros_like(p, requires_grad=False)
-    names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq", "u": "exp_avg_sq"}
+    names = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": "max_exp_avg_sq"}
     return {"t": int(state.get("step", 0)), **{name: state.get(key, zeros).clone() for name, key in names.items()}}
 
 
@@ -258,8 +242,6 @@ class TestAdamW:
         for mine, group in zip(pair.optimizer.param_groups, pair.reference.groups, strict=True):
             group["params"] = [p.detach().clone() for p in mine["params"]]
             group["state"] = [reference_state(twin, p) for p in mine["params"]]
-        # The run goes on from AdamW's step: with K behind it, r is taken at the first step of AdamS.
-        pair.reference.steps = max(s["t"] for group in pair.reference.groups for s in group["state"])
         lambdas = [group["initial_weight_decay"] for group in pair.optimizer.param_groups]
         assert lambdas == [HYPER["weight_decay"], 0.03]
         pair.run(10, missing)
@@ -345,7 +327,7 @@ class TestDistributedCheckpoint:
 
         other_model = copy.deepcopy(model)
         other = copy.copy(pair)
-        other.optimizer = AdamS(other_model.parameters(), **pair.kwargs)
+        other.optimizer = pair.build([{"params": list(other_model.parameters())}])
         other.reference = copy.deepcopy(pair.reference)
         set_optimizer_state_dict(other_model, other.optimizer, saved)
 

@@ -112,7 +112,8 @@ def _spawn(specs: list[dict[str, Any]], world: int, folder: Path, env: dict[str,
     """Start the processes, wait for all of them, kill what is left, and return the end of their output."""
     spec_file = folder / "spec.json"
     spec_file.write_text(json.dumps(specs))
-    paths = [str(Path(hf_swd.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    package, support = Path(hf_swd.__file__).resolve().parents[1], HERE.parent / "support"
+    paths = [str(package), str(support), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

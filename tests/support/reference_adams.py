@@ -44,9 +44,8 @@ def rms_of_moments(optimizer: torch.optim.Optimizer) -> float:
 
 
 def fresh_state(p: Tensor) -> dict:
-    """State of a parameter before its first step: steps, moments, maximum of the second, second moment of the
-    unclipped gradients."""
-    return {"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max", "u")}}
+    """State of a parameter before its first step: steps, moments, maximum of the second."""
+    return {"t": 0, **{name: torch.zeros_like(p) for name in ("m", "v", "v_max")}}
 
 
 class ReferenceAdamS:
@@ -88,17 +87,22 @@ class ReferenceAdamS:
         self,
         gradients: Sequence[Sequence[Tensor | None]],
         unclipped: Sequence[Sequence[Tensor | None]] | None = None,
+        *,
+        mean: float | None = None,
     ) -> None:
         """One step; `gradients[i][j]` belongs to parameter j of group i, and None means that it has none. `unclipped`:
-        what they were before clipping, if it is not the same."""
-        self.take_over()
-        present = self._update_moments(gradients, unclipped or gradients)
+        what they were before clipping, if it is not the same. `mean`: v_bar, where it is not to be taken of the
+        moments."""
+        present = self._update_moments(gradients)
         if not present:
             return
-        count = sum(s["v"].numel() for _, _, s in present)
-        total = sum(self._second_moment_sum(group, s) / (1 - group["betas"][1] ** s["t"]) for group, _, s in present)
-        self.v_bar = total / count if count else 0.0
-        if self.v_bar > 0:  # zero gradients from the start are no step of the schedule
+        if self.unclipped_norm:
+            mean = self._mean_before_clipping(unclipped or gradients)
+        else:
+            self._take_over(present)
+            mean = self._mean_of_moments(present) if mean is None else mean
+        self.v_bar = mean
+        if self.v_bar != 0:  # zero gradients from the start are no step of the schedule
             self.steps += 1
             if self.steps >= self.reference_steps > 0 and self.reference_rms == 0 and isfinite(self.grad_rms):
                 self.reference_rms = self.grad_rms
@@ -109,36 +113,58 @@ class ReferenceAdamS:
     def adamw_step(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
         """One step of AdamW with the constant decay `weight_decay`, of which the schedule learns nothing but the
         moments."""
-        present = self._update_moments(gradients, gradients)
+        present = self._update_moments(gradients)
         self._update_weights(present, [group["weight_decay"] for group, _, _ in present])
 
-    def take_over(self) -> None:
-        """Where a schedule without a step finds moments, another optimizer has made them, and its steps count."""
-        states = [s for group in self.groups for s in group["state"]]
-        if self.steps == 0 and any(s["v"].any() for s in states):
-            self.steps = max(s["t"] for s in states)
+    def forget(self) -> None:
+        """The schedule begins anew, with moments that there are."""
+        self.steps, self.v_bar, self.reference_rms = 0, 0.0, 0.0
 
-    def _update_moments(self, gradients: Sequence, unclipped: Sequence) -> list[tuple[dict, Tensor, dict]]:
+    def _take_over(self, present: list[tuple[dict, Tensor, dict]]) -> None:
+        """Where a schedule without a step finds moments, another optimizer has made them, and its steps count: those
+        of the parameters that step now, in the mean over their elements."""
+        if self.steps == 0 and any(s["before"] for _, _, s in present):
+            count = sum(s["v"].numel() for _, _, s in present)
+            self.steps = round(sum((s["t"] - 1) * s["v"].numel() for _, _, s in present) / count)
+
+    def _update_moments(self, gradients: Sequence) -> list[tuple[dict, Tensor, dict]]:
         """Group, parameter and state of every parameter that has a gradient."""
         present = [
-            (group, p, s, as_real64(g), as_real64(u))
-            for group, grads, befores in zip(self.groups, gradients, unclipped, strict=True)
-            for p, s, g, u in zip(group["params"], group["state"], grads, befores, strict=True)
+            (group, p, s, as_real64(g))
+            for group, grads in zip(self.groups, gradients, strict=True)
+            for p, s, g in zip(group["params"], group["state"], grads, strict=True)
             if g is not None
         ]
-        for group, _, s, g, u in present:
+        for group, _, s, g in present:
             beta1, beta2 = group["betas"]
             g = -g if group["maximize"] else g
+            s["before"] = bool(s["v"].any())
             s["t"] += 1
             s["m"] = beta1 * s["m"] + (1 - beta1) * g
             s["v"] = beta2 * s["v"] + (1 - beta2) * g * g
             s["v_max"] = torch.maximum(s["v_max"], s["v"])
-            s["u"] = beta2 * s["u"] + (1 - beta2) * u * u
         return [entry[:3] for entry in present]
 
-    def _second_moment_sum(self, group: dict, s: dict) -> float:
-        name = "u" if self.unclipped_norm else "v_max" if group["amsgrad"] else "v"
-        return s[name].sum().item()
+    def _mean_of_moments(self, present: list[tuple[dict, Tensor, dict]]) -> float:
+        count = sum(s["v"].numel() for _, _, s in present)
+        sums = (
+            # Of moments that are rounded to half precision the maximum may be the smaller one.
+            max(s["v"].sum().item(), s["v_max"].sum().item() if group["amsgrad"] else 0.0)
+            / (1 - group["betas"][1] ** s["t"])
+            for group, _, s in present
+        )
+        return sum(sums) / count if count else 0.0
+
+    def _mean_before_clipping(self, unclipped: Sequence) -> float:
+        pairs = [
+            (group["betas"][1], as_real64(g))
+            for group, grads in zip(self.groups, unclipped, strict=True)
+            for g in grads
+            if g is not None
+        ]
+        beta2, t = pairs[0][0], self.steps + 1
+        new = sum(g.square().sum().item() for _, g in pairs) / max(sum(g.numel() for _, g in pairs), 1)
+        return (beta2 * (1 - beta2 ** (t - 1)) * self.v_bar + (1 - beta2) * new) / (1 - beta2**t)
 
     def _update_weights(self, present: list[tuple[dict, Tensor, dict]], decays: Sequence[float]) -> None:
         for (group, p, s), decay in zip(present, decays, strict=True):
