@@ -29,6 +29,7 @@ Source: Xie et al., *On the Overlooked Pitfalls of Weight Decay and How to Mitig
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import multiprocessing
@@ -45,7 +46,6 @@ from cifar10_data import augment, load_cifar10, normalise, random_subset
 from cifar10_models import MODELS, WIDTH
 from cifar10_report import plot, result_of, scale_of, table
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Optimizer, Run, replace
-from tables import write_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -290,7 +290,10 @@ def main() -> None:
         )
         return
     results = [result_of(run) for run in runs]
-    write_csv(results, arguments.output_dir / "results.csv")
+    with (arguments.output_dir / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(results)
     scale = scale_of(arguments, num_train)
     text = table(runs, results, scale)
     (arguments.output_dir / "results.md").write_text(text)
