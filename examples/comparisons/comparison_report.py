@@ -158,7 +158,7 @@ def differences(results: Results) -> list[str]:
             if not chosen and decay in results.grids[reference]:
                 compared.append(("at equal weight_decay", decay, decay, measures))
             same = results.of_same_decay(optimizer, decay, reference)
-            if same is not None:
+            if same is not None and ("at equal weight_decay", decay, same, measures) not in compared:
                 compared.append(("at equal mean decay", decay, same, measures[:-2]))
         for name, one, other, shown in compared:
             found = results.difference((optimizer, one), (reference, other))
@@ -256,6 +256,11 @@ def _value(results: Results, setting: Setting) -> str:
 # --- plot ---
 
 
+def label_of(optimizer: str) -> str:
+    name, *optim_args = optimizer.split(":", 1)
+    return ": ".join([name_of(name), *(options.replace(",", ", ") for options in optim_args)])
+
+
 def plot_robustness(results: Results, path: Path) -> bool:
     """
     Metric and gradient norm against the decay that a run really had, so that all optimizers share the axis.
@@ -275,21 +280,21 @@ def plot_robustness(results: Results, path: Path) -> bool:
             colour, line = styles[index]["color"], styles[index]["linestyle"]
             mean, error = results.means.loc[optimizer, key], results.errors.loc[optimizer, key].fillna(0)
             if 0.0 in decays:  # has no place on a logarithmic axis
-                axes.axhline(mean[0.0], color=colour, linestyle=":", label=f"{optimizer}, no decay")
+                axes.axhline(mean[0.0], color=colour, linestyle=":", label=f"{label_of(optimizer)}, no decay")
                 axes.axhspan(mean[0.0] - error[0.0], mean[0.0] + error[0.0], color=colour, alpha=0.1, linewidth=0)
             # In the order of the decays that they really had.
             effective = results.means.loc[optimizer, "mean_weight_decay"].drop(0.0, errors="ignore").sort_values()
             if len(effective):
                 style = {"fmt": f"{MARKERS[index % len(MARKERS)]}{line}", "color": colour, "capsize": 3}
                 points = mean[effective.index], error[effective.index]
-                axes.errorbar(effective, *points, label=optimizer, markersize=4, **style)
+                axes.errorbar(effective, *points, label=label_of(optimizer), markersize=4, **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("effective weight decay, mean over the training")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    names = [textwrap.fill(name.replace(",", ", ").replace(":", ": "), 34) for name in names]
+    names = [textwrap.fill(name, 34) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
     return True

@@ -264,7 +264,7 @@ def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float
     last = max((step for step, _ in finite), default=0)
     later = [value for step, value in finite if step > _BEGINNING * last]
     values = [value for _, value in finite]
-    if not later or max(later) - min(later) > 0.67 * (max(values) - min(values)) or max(later) > 10 * min(later):
+    if not later or max(later) - min(later) >= 0.67 * (max(values) - min(values)) or max(later) > 10 * min(later):
         return values
     margin = 0.05 * (max(later) - min(later)) or 0.05 * abs(later[0])
     axes.set_ylim(min(later) - margin, max(later) + margin)
