@@ -5,7 +5,7 @@
 
 That is the full experiment, for one GPU: test error, gradient norm, effective decay. In pieces of at most 9 minutes:
 add `--max_minutes 9` and give the same command again and again. The images come from the Hub, or from a file with
-`--data cifar-10-python.tar.gz` (the folder it unpacks to, or an .npz file).
+`--data cifar-10-binary.tar.gz` (the folder it unpacks to, or an .npz file).
 
 On a CPU, at a scale that finishes:
 
@@ -234,7 +234,7 @@ def execute(runs: list[Run], jobs: int, deadline: float) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="hub", help="hub, cifar-10-python.tar.gz, the folder in it, or an .npz file")
+    add("--data", default="hub", help="hub, cifar-10-binary.tar.gz, the folder in it, or an .npz file")
     add("--model", choices=MODELS, default="resnet18")
     add("--width", type=int, default=WIDTH, help="channels of the first stage")
     every = [*map(Optimizer.parse, OPTIMIZERS)]
