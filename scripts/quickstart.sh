@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 venv="${HF_SWD_VENV:-.venv-quickstart}"
 output=outputs/quickstart
 
-echo "hf-swd quickstart: two short trainings on the CPU; four minutes on two idle cores (here: $(getconf _NPROCESSORS_ONLN)), and the"
-echo "first time a few more for the installation. It is $(date +%H:%M)."
+echo "hf-swd quickstart: two short trainings on the CPU. They take about four minutes on two idle cores (here:"
+echo "$(getconf _NPROCESSORS_ONLN)), and the installation a few more the first time. It is $(date +%H:%M)."
 use_venv "$venv" "examples,plot"
 export HF_HUB_OFFLINE=1
 rm -rf "$output"

@@ -176,7 +176,8 @@ class Progress:
         self._epochs = given.num_train_epochs if given.max_steps < 0 else None
         self._per_log = given.logging_steps / given.max_steps
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = tqdm(total=1.0, desc=title, bar_format=shown, leave=False, mininterval=1)
+        interval = 1 if sys.stderr.isatty() else 30  # seconds; a file would get a line each time
+        self._bar = tqdm(total=1.0, desc=title, bar_format=shown, leave=False, mininterval=interval)
 
     def __enter__(self) -> Progress:
         return self

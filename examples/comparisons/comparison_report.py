@@ -221,7 +221,7 @@ def verdict(results: Results) -> list[str]:
     found = results.difference(*pair)
     error = math.nan if found is None else found[1][metric.key]
     noise = (
-        "One seed each: what is smaller may be chance."
+        "One seed each: small differences may be chance."
         if math.isnan(error)
         else f"Two standard errors over the seeds are {2 * error:.2g}."
     )
@@ -250,7 +250,7 @@ def _name(optimizer: str, decay: float) -> str:
 def _value(results: Results, setting: Setting) -> str:
     last, best = (results.means.loc[setting, key] for key in (results.metric.key, f"best_{results.metric.key}"))
     overfitted = abs(last - best) > OVERFITTED * abs(best)
-    return f"{last:#.3g}" + (f" (it overfits: {best:#.3g} on the way)" if overfitted else "")
+    return f"{last:#.3g}" + (f" (it overfits: {best:#.3g} at its best)" if overfitted else "")
 
 
 # --- plot ---
