@@ -29,6 +29,7 @@ extras = {
     "examples": [
         "datasets>=3.0",
         "evaluate>=0.4.3",
+        "pandas>=2.2",
         "pillow>=10.0",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
@@ -55,6 +56,9 @@ extras["test"] = [
     "peft>=0.17",
     "optuna>=4.0",
     "wandb>=0.20",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     *extras["examples"],
 ]
 extras["dev"] = [

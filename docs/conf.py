@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import hf_swd  # noqa: E402
 
@@ -38,5 +39,13 @@ def _to_rst(app, what, name, obj, options, lines):
     lines[:] = re.sub(r"\[`([\w.]+)`\]", r"`\1`", text).split("\n")
 
 
+def _readme(app, docname, source):
+    if docname == "readme":
+        text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+        # What is linked outside of docs/ is not on the site.
+        source[0] = re.sub(r"\[([^]]+)\]\((?:examples/[^)]*|[A-Z]+(?:\.\w+)?)\)", r"\1", text)
+
+
 def setup(app):
+    app.connect("source-read", _readme)
     app.connect("autodoc-process-docstring", _to_rst, priority=400)  # before napoleon

@@ -33,9 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 from benchmark_tools import (  # noqa: E402
+    ADAMS_COLOUR,
+    ADAMW_COLOUR,
     DECAY,
     LR,
     MAX_NORM,
+    OTHER_COLOUR,
     machine,
     quartiles,
     rows_of,
@@ -196,7 +199,6 @@ def compare(
         times = time_in_turn(
             functions,
             arguments.repetitions,
-            device,
             # Above the largest norm again, whoever clipped last.
             (lambda grads=grads: torch._foreach_mul_(grads, 2.0)) if clip else (lambda: None),
         )
@@ -204,7 +206,7 @@ def compare(
     size["parameters"] = min(size["parameters"], 10**8)
     copy = torch.empty(size["parameters"], device=device)
     source = torch.empty_like(copy)
-    times = time_in_turn({"plain copy (2 words)": lambda: copy.copy_(source)}, arguments.repetitions, device)
+    times = time_in_turn({"plain copy (2 words)": lambda: copy.copy_(source)}, arguments.repetitions)
     median, first, third = quartiles(times["plain copy (2 words)"])
     rows.append(
         {
@@ -341,7 +343,7 @@ def _reduction_worker(rank: int, processes: int, folder: str, repetitions: int) 
         return lambda: (dist.barrier(), step())
 
     functions = {name: together(optimizer.step) for name, optimizer in optimizers.items()}
-    times = time_in_turn(functions, 5 * repetitions, device)
+    times = time_in_turn(functions, 5 * repetitions)
     if rank == 0:
         torch.save(times, Path(folder) / "times.pt")
     dist.barrier()
@@ -396,6 +398,12 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def colour_of(contender: str) -> str:
+    if contender.startswith("AdamW"):
+        return ADAMW_COLOUR
+    return OTHER_COLOUR if contender.startswith("pytorch_optimizer") else ADAMS_COLOUR
+
+
 def plot(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -407,7 +415,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, (case, what) in zip(axes, cases, strict=True):
         found = {r["contender"]: r for r in rows if r["suite"] == "shapes" and (r["case"], r["what"]) == (case, what)}
         ratios = [found[name]["ratio_to_fused_adamw"] if name in found else 0 for name in names]
-        colors = ["#999999" if name.startswith("AdamW") else "#0072b2" for name in names]
+        colors = [colour_of(name) for name in names]
         bars = axis.barh(names, ratios, color=colors)
         axis.bar_label(bars, [f"{ratio:.2f}" if ratio else "" for ratio in ratios], padding=2)
         axis.axvline(1, color="black", linewidth=0.8)

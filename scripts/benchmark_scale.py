@@ -34,7 +34,19 @@ from transformers import LlamaConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from benchmark_tools import DECAY, LR, MAX_NORM, machine, rows_of, share_moments, time_in_turn, timed, write_report  # noqa: E402
+from benchmark_tools import (  # noqa: E402
+    ADAMS_COLOUR,
+    ADAMW_COLOUR,
+    DECAY,
+    LR,
+    MAX_NORM,
+    machine,
+    rows_of,
+    share_moments,
+    time_in_turn,
+    timed,
+    write_report,
+)
 from sharded_llama import ENGINES, MODELS, TP, allocated, build, local_elements, rank_0_of  # noqa: E402
 
 from hf_swd import AdamS  # noqa: E402
@@ -136,8 +148,8 @@ def measure(
             sizes, errors = collectives(functions)
             runs = {name: functions[name] for name in sizes}
             above_the_largest_norm()
-            once = 1e-3 * timed(lambda runs=runs: [function() for function in runs.values()], CPU)
-            times = time_in_turn(runs, max(repetitions, round(seconds / once)), CPU, above_the_largest_norm)
+            once = 1e-3 * timed(lambda runs=runs: [function() for function in runs.values()])
+            times = time_in_turn(runs, max(repetitions, round(seconds / once)), above_the_largest_norm)
             rows += [
                 {**row, "collectives": sizes[row["contender"]]}
                 for row in rows_of(times, BASELINE, **common, what=what)
@@ -237,10 +249,10 @@ def plot(rows: list[dict], path: Path) -> None:
         layout="constrained",
     )
     colors = {
-        ("step", BASELINE): "#c0c0c0",
-        ("step", ADAMS): "#56b4e9",
-        ("clip", BASELINE): "#707070",
-        ("clip", ADAMS): "#0072b2",
+        ("step", BASELINE): "#EAAE80",  # half of ADAMW_COLOUR
+        ("step", ADAMS): "#80B8D8",
+        ("clip", BASELINE): ADAMW_COLOUR,
+        ("clip", ADAMS): ADAMS_COLOUR,
     }
     for (left, right), engine in zip(axes, engines, strict=True):
         right.axhline(1, color="black", linewidth=0.8, zorder=0)

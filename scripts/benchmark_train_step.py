@@ -19,10 +19,10 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import timer  # waits for the accelerator
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -65,8 +65,7 @@ def models() -> dict[str, tuple[type, object, dict]]:
 class Stopwatch(TrainerCallback):
     """Milliseconds of every step, and of clipping and `step()` in it."""
 
-    def __init__(self, synchronize) -> None:
-        self.synchronize = synchronize
+    def __init__(self) -> None:
         self.steps: list[float] = []
         self.shares: list[float] = []
         self._optimizer = 0.0
@@ -74,11 +73,9 @@ class Stopwatch(TrainerCallback):
     def around(self, function):
         @functools.wraps(function)  # also its module: the schedule defers clipping in methods of transformers only
         def timed(*args, **kwargs):
-            self.synchronize()
-            start = time.perf_counter()
+            start = timer()
             result = function(*args, **kwargs)
-            self.synchronize()
-            self._optimizer += time.perf_counter() - start
+            self._optimizer += timer() - start
             return result
 
         return timed
@@ -87,18 +84,16 @@ class Stopwatch(TrainerCallback):
         optimizer.step = self.around(optimizer.step)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.synchronize()
-        self._start, self._optimizer = time.perf_counter(), 0.0
+        self._start, self._optimizer = timer(), 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.synchronize()
-        self.steps.append(1e3 * (time.perf_counter() - self._start))
+        self.steps.append(1e3 * (timer() - self._start))
         self.shares.append(1e3 * self._optimizer)
 
 
 def run(cls: type, config: object, sample: dict, trainer_class: type, settings: dict, arguments) -> Stopwatch:
     torch.manual_seed(0)
-    stopwatch = Stopwatch(torch.accelerator.synchronize if arguments.device == "cuda" else lambda: None)
+    stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
             model=cls(config),

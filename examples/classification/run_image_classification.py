@@ -12,7 +12,7 @@ A data set from the Hub:
 
     python examples/classification/run_image_classification.py --dataset_name AI-Lab-Makerere/beans \\
         --image_column_name image --label_column_name labels --model_name_or_path google/vit-base-patch16-224-in21k \\
-        --do_train --do_eval --do_predict --optim adams --optim_args reference_steps=50 --weight_decay 0.01 \\
+        --do_train --do_eval --do_predict --optim adams --optim_args reference_steps=100 --weight_decay 0.01 \\
         --learning_rate 3e-5 --max_grad_norm 0 --num_train_epochs 3 --output_dir outputs/beans
 
 Folders (one subfolder of images for each class, or images and a metadata.csv):
@@ -269,6 +269,8 @@ def all_classes(train: datasets.Dataset, label_column_name: str) -> list[str]:
 
 
 # --- augmentation ---
+# By Pillow, not torchvision: its wheel of the package index is built for the torch there, and does not import beside
+# torch's build for CPU, which CI has ("operator torchvision::nms does not exist": 0.28.0 with torch 2.13.0+cpu).
 
 
 def cut_out_and_mirror(image: Image.Image, height: int, width: int, rng: random.Random) -> Image.Image:

@@ -9,12 +9,8 @@ from pathlib import Path
 
 from cifar10_models import WIDTH
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Run
-from tables import mean_and_error
 
-from hf_swd.commands.plot import COLOURS
-
-
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+from hf_swd.commands.plot import name_of, styles_of
 
 
 def result_of(run: Run) -> dict:
@@ -37,8 +33,8 @@ def cell(values: list[float | None]) -> str:
     """Mean ± standard error, as far as there are any."""
     if None in values:
         return "–"
-    mean, error = mean_and_error(values)
-    return f"{mean:#.3g}" if math.isnan(error) else f"{mean:#.3g} ± {error:.2g}"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):#.3g}{error}"
 
 
 def scale_of(arguments: argparse.Namespace, num_train: int) -> str:
@@ -97,18 +93,20 @@ def plot(runs: list[Run], path: Path, scale: str) -> None:
         "test_error": "test error, %",
         "grad_norm": "gradient norm of the training loss, nats",
         "grad_norm_times_weight_norm": "‖w‖ × gradient norm, nats",
-        "effective_decay": "effective decay per unit learning rate",
+        "effective_decay": "effective weight decay: the weight_decay that acts in a step",
     }
+    optimizers = runs[0].arguments.optimizers
+    styles = styles_of([name_of(optimizer.kind) for optimizer in optimizers])
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for index, optimizer in enumerate(runs[0].arguments.optimizers):
+        for index, optimizer in enumerate(optimizers):
             histories = [run.rows() for run in runs if run.optimizer == optimizer]
             points = [rows for rows in zip(*histories, strict=True) if rows[0][key] is not None]
             if not points:
                 continue
             epochs = [rows[0]["epoch"] for rows in points]
             values = [[row[key] for row in rows] for rows in points]
-            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)], "linewidth": 1.5}
+            style = {**styles[index], "linewidth": 1.5}
             style |= {"marker": "osD^v"[index % 5], "markersize": 3} if len(epochs) <= 15 else {}
             axes.plot(epochs, [*map(statistics.fmean, values)], label=optimizer.label, **style)
             axes.fill_between(epochs, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, lw=0)

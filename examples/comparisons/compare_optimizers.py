@@ -1,4 +1,4 @@
-"""Compares optimizers of the Trainer over weight decays and seeds, on a task of these examples: CSV, table, plots.
+"""Compares optimizers of the Trainer over weight decays and seeds, on a task of these examples: verdict, table, plots.
 
     python examples/comparisons/compare_optimizers.py --task digits --seeds 0 1 2 3 4 \\
         --output_dir outputs/compare-digits
@@ -9,7 +9,7 @@
 Every run is a process of its own in OUTPUT_DIR/RUN. Called again, it goes on where it was interrupted: finished runs
 are not repeated. Tables and plots hold all finished runs in OUTPUT_DIR, so that more seeds of the weight decays that
 look best can be asked for in a second call. What follows `--` goes to the script of the task, after the task's own
-settings.
+settings: `-- --train_file my_text.txt` compares on a text of your own.
 
 The best weight decay of each optimizer is chosen by the mean over the seeds of the same validation data that it is
 then reported on: equal grids keep that fair, but it is not a test error.
@@ -18,6 +18,7 @@ then reported on: equal grids keep that fair, but it is not a test error.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import operator
@@ -25,24 +26,28 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison_report import NUM_LAST_LOGS, Measure, best_settings, column, plot_robustness, table
+import pandas as pd
+from comparison_report import NUM_LAST_LOGS, Measure, Results, plot_robustness, table, verdict
 from safetensors import safe_open
-from tables import write_csv
 from tqdm import tqdm
 
-from hf_swd.commands.plot import plot_runs
+from hf_swd.commands.plot import name_of, plot_runs
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 SHARED = (
-    "--embedded --do_train --do_eval --max_grad_norm 0 --save_strategy no --report_to none --disable_tqdm True "
+    "--do_train --do_eval --max_grad_norm 0 --save_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False"
 ).split()
+# Arguments of the scripts that name data; without one, the data are those that need no download.
+SOURCES = {"--dataset_name", "--train_file", "--train_dir", "--task_name"}
+FEW_RUNS = 6  # that training.png shows all of
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,18 @@ class Run:
         optimizer = self.optimizer.replace(":", "-").replace(",", "-")
         return f"{optimizer}-{self.weight_decay:g}-seed{self.seed}"
 
+    @property
+    def title(self) -> str:
+        name, _, optim_args = self.optimizer.partition(":")
+        return f"{name_of(name)} {self.weight_decay:g}{optim_args and f' ({optim_args})'}, seed {self.seed}"
+
 
 def command_of(run: Run, task: Task, script_arguments: list[str]) -> list[str]:
     name, _, optim_args = run.optimizer.partition(":")
     return [
         task.script,
         *SHARED,
+        *([] if SOURCES.intersection(argument.partition("=")[0] for argument in script_arguments) else ["--embedded"]),
         *task.settings.split(),
         *("--optim", ALIASES.get(name, name), *(("--optim_args", optim_args) if optim_args else ())),
         *("--weight_decay", str(run.weight_decay), "--seed", str(run.seed)),
@@ -128,17 +139,59 @@ def recorded(output_dir: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (run.optimizer, run.weight_decay, run.seed))
 
 
-def execute(run: Run, folder: Path, command: list[str], environment: dict[str, str]) -> None:
+def execute(run: Run, folder: Path, command: list[str], environment: dict[str, str], metric: Measure) -> None:
     if finished(folder, command):
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).write_text(json.dumps({**asdict(run), "command": command}))
     script, *options = command
     line = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", str(folder), "--overwrite_output_dir"]
-    with (folder / "log.txt").open("w") as log:
-        code = subprocess.call(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if code:
-        raise RuntimeError(f"{folder.name} ended with status {code}; its output is in {folder / 'log.txt'}")
+    start = time.monotonic()
+    with (folder / "log.txt").open("w") as log, Progress(run.title, options) as progress:
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(line, env={**environment, "PYTHONUNBUFFERED": "1"}, **pipe) as process:
+            for text in process.stdout:
+                log.write(text)
+                progress.read(text)
+    if process.returncode:
+        end = "".join((folder / "log.txt").read_text().splitlines(keepends=True)[-20:])
+        raise RunError(f"{end}{folder.name} ended with status {process.returncode}: {folder / 'log.txt'}, end above")
+    result = json.loads((folder / "all_results.json").read_text())[metric.key]
+    tqdm.write(f"{run.title}: {metric.label} {result:#.3g} after {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+class RunError(RuntimeError):
+    """Of the script of a task; its message ends with where the whole output is."""
+
+
+class Progress:
+    """A bar for a run, moved by what its Trainer prints at every log."""
+
+    def __init__(self, title: str, options: list[str]) -> None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--max_steps", type=int, default=-1)
+        parser.add_argument("--logging_steps", type=float, default=500)
+        parser.add_argument("--num_train_epochs", type=float, default=3)
+        given, _ = parser.parse_known_args(options)
+        self._epochs = given.num_train_epochs if given.max_steps < 0 else None
+        self._per_log = given.logging_steps / given.max_steps
+        shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        interval = 1 if sys.stderr.isatty() else 30  # seconds; a file would get a line each time
+        self._bar = tqdm(total=1.0, desc=title, bar_format=shown, leave=False, mininterval=interval)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def read(self, line: str) -> None:
+        if not line.startswith("{'loss'"):
+            return
+        logged = ast.literal_eval(line)
+        done = self._bar.n + self._per_log if self._epochs is None else float(logged["epoch"]) / self._epochs
+        self._bar.set_postfix_str(f"loss {float(logged['loss']):#.3g}", refresh=False)
+        self._bar.update(min(done, 1.0) - self._bar.n)
 
 
 def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
@@ -217,16 +270,17 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def execute_all(commands: dict[Run, list[str]], output_dir: Path, jobs: int) -> None:
+def execute_all(commands: dict[Run, list[str]], output_dir: Path, jobs: int, metric: Measure) -> None:
     """`jobs` at a time; the first that fails stops those that have not begun."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if jobs > 1 else dict(os.environ)
     with ThreadPoolExecutor(jobs) as pool:
         waiting = [
-            pool.submit(execute, run, output_dir / run.name, command, environment) for run, command in commands.items()
+            pool.submit(execute, run, output_dir / run.name, command, environment, metric)
+            for run, command in commands.items()
         ]
         try:
-            for future in tqdm(waiting, unit="run"):
+            for future in waiting:
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -248,20 +302,26 @@ def main() -> None:
         for optimizer, decays in arguments.optimizers.items()
         for decay in dict.fromkeys(decays)
     ]
-    execute_all({run: command(run) for run in asked}, output_dir, arguments.jobs)
+    try:
+        execute_all({run: command(run) for run in asked}, output_dir, arguments.jobs, task.metric)
+    except RunError as error:
+        sys.exit(str(error))
     order = [*arguments.optimizers]
     runs = [run for run in recorded(output_dir) if finished(output_dir / run.name, command(run))]
     runs.sort(key=lambda run: order.index(run.optimizer) if run.optimizer in order else len(order))
-    rows = [result_of(run, output_dir / run.name, task.metric) for run in runs]
-    write_csv(rows, output_dir / "results.csv")
-    text = table(rows, task.metric)
-    (output_dir / "results.md").write_text(text)
-    plot_robustness(rows, task.metric, output_dir / "robustness.png")
-    best = best_settings(rows, task.metric)
-    folders = [output_dir / Run(o, decay, min(column(rows, o, decay, "seed"))).name for o, decay in best.items()]
-    plot_runs(folders, output_dir / "training.png")
-    print(text)
-    print(f"{output_dir}: results.csv, results.md, robustness.png, training.png (the first seed at the best decays)")
+    frame = pd.DataFrame(result_of(run, output_dir / run.name, task.metric) for run in runs)
+    frame.to_csv(output_dir / "results.csv", index=False)
+    results = Results(frame, task.metric)
+    (output_dir / "results.md").write_text(table(results))
+    shown = runs
+    if len(runs) > FEW_RUNS:  # the first seed of each optimizer at its best
+        best = [(optimizer, results.best(optimizer)) for optimizer in results.grids]
+        shown = [min((r for r in runs if (r.optimizer, r.weight_decay) == one), key=lambda r: r.seed) for one in best]
+    plot_runs([output_dir / run.name for run in shown], output_dir / "training.png")
+    drawn = ["robustness.png"] if plot_robustness(results, output_dir / "robustness.png") else []
+    print(f"{output_dir}: all numbers in results.md, curves in {', '.join(['training.png', *drawn])}")
+    for sentence in verdict(results):
+        print(sentence)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
-"""What compare_optimizers.py makes of its finished runs: table, paired differences, plot."""
+"""What compare_optimizers.py makes of its finished runs: table, paired differences, plot, verdict."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tables import mean_and_error
+import numpy as np
+import pandas as pd
 
-from hf_swd.commands.plot import COLOURS
+from hf_swd.commands.plot import name_of, styles_of
 
 
 MARKERS = "os^Dv<>"
 NUM_LAST_LOGS = 5  # the gradient norm of a single step is mostly noise
 # Effective decays no further apart are called equal.
 SAME_DECAY = 0.05
+# A run whose last value is so much worse than its best, relative to that, has overfitted.
+OVERFITTED = 0.03
+# How many times larger the one of two differences must be to be called the one that decides.
+DECIDES = 3
+FEW_SETTINGS = 4  # that a verdict names all of
 
-Row = dict[str, Any]
+Setting = tuple[str, float]  # optimizer and weight decay
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Measure:
     key: str
     label: str
     larger_is_better: bool = False
+
+    @property
+    def direction(self) -> str:
+        return "higher is better" if self.larger_is_better else "lower is better"
 
 
 def measures_of(metric: Measure) -> list[Measure]:
@@ -45,46 +53,65 @@ def measures_of(metric: Measure) -> list[Measure]:
     return [metric, best, *loss, *(Measure(key, label) for key, label in others.items())]
 
 
-def settings_of(rows: list[Row]) -> dict[str, list[float]]:
-    """The weight decays of each optimizer, as they come."""
-    found: dict[str, dict[float, None]] = defaultdict(dict)
-    for row in rows:
-        found[row["optimizer"]][row["weight_decay"]] = None
-    return {optimizer: [*decays] for optimizer, decays in found.items()}
+class Results:
+    """
+    The finished runs.
 
+    Args:
+        runs (`DataFrame`): a row for each, with `optimizer`, `weight_decay`, `seed` and the keys of `measures_of`;
+            the optimizers in the order in which they are shown, the first is what the others are compared with.
+        metric ([`Measure`]): what the runs are compared by.
+    """
 
-def column(rows: list[Row], optimizer: str, decay: float, key: str) -> dict[int, float]:
-    """Value of each seed."""
-    return {row["seed"]: row[key] for row in rows if (row["optimizer"], row["weight_decay"]) == (optimizer, decay)}
+    def __init__(self, runs: pd.DataFrame, metric: Measure) -> None:
+        self.metric = metric
+        self.runs = runs.set_index(["optimizer", "weight_decay", "seed"])
+        settings = self.runs.groupby(level=["optimizer", "weight_decay"], sort=False)
+        # Means and standard errors over the seeds; of what has a NaN they are NaN.
+        self.means = settings.agg(lambda values: values.mean(skipna=False))
+        self.errors = settings.agg(lambda values: values.sem(skipna=False))
+        self.num_seeds = settings.size()
+        self.grids: dict[str, list[float]] = {
+            optimizer: sorted(decays)
+            for optimizer, decays in runs.groupby("optimizer", sort=False)["weight_decay"].unique().items()
+        }
 
+    def best(self, optimizer: str) -> float:
+        """The weight decay with the best mean of the metric; ties go to the smaller, and NaN is never the best."""
+        means = self.means.loc[optimizer, self.metric.key].sort_index() * (1 if self.metric.larger_is_better else -1)
+        return float(means.fillna(-math.inf).idxmax())
 
-def mean_of(rows: list[Row], optimizer: str, decay: float, key: str) -> float:
-    return statistics.fmean(column(rows, optimizer, decay, key).values())
+    def is_chosen(self, optimizer: str) -> bool:
+        """Whether `best` is a choice among several weight decays with several seeds each."""
+        return len(self.grids[optimizer]) > 1 and self.num_seeds[optimizer, self.best(optimizer)] > 1
 
+    def difference(self, one: Setting, other: Setting) -> tuple[pd.Series, pd.Series] | None:
+        """`one` minus `other`, paired over the seeds that both have: means and standard errors; `None` without any."""
+        ours, theirs = (self.runs.xs(setting, level=("optimizer", "weight_decay")) for setting in (one, other))
+        paired = ours.sub(theirs).loc[ours.index.intersection(theirs.index)]
+        return (paired.mean(skipna=False), paired.sem(skipna=False)) if len(paired) else None
 
-def best_settings(rows: list[Row], metric: Measure) -> dict[str, float]:
-    """Of each optimizer the weight decay with the best mean of the metric; ties go to the smaller, and what is not a
-    number is never the best."""
-    sign = 1 if metric.larger_is_better else -1
+    def of_same_decay(self, optimizer: str, decay: float, reference: str) -> float | None:
+        """The weight decay of `reference` whose effective mean is nearest to that of this setting, if it is equal."""
+        mean = self.means.loc[(optimizer, decay), "mean_weight_decay"]
+        distances = (self.means.loc[reference, "mean_weight_decay"] - mean).abs()
+        return float(distances.idxmin()) if distances.min() <= SAME_DECAY * mean else None
 
-    def rank(optimizer: str, decay: float) -> float:
-        mean = sign * mean_of(rows, optimizer, decay, metric.key)
-        return -math.inf if math.isnan(mean) else mean
-
-    return {
-        optimizer: max(sorted(decays), key=lambda decay: rank(optimizer, decay))
-        for optimizer, decays in settings_of(rows).items()
-    }
-
-
-def paired_difference(rows: list[Row], one: tuple[str, float], other: tuple[str, float], key: str) -> str:
-    """`one` minus `other`, mean ± standard error over the seeds that both have."""
-    values, subtracted = column(rows, *one, key), column(rows, *other, key)
-    seeds = sorted(values.keys() & subtracted)
-    if not seeds:  # a second call may have asked for others
-        return "no seed in common"
-    mean, error = mean_and_error([values[seed] - subtracted[seed] for seed in seeds])
-    return f"{mean:+.3g}{plus_minus(error)}"
+    def interpolated_best(self, optimizer: str) -> tuple[float, float] | None:
+        """Weight decay and metric at the vertex of the parabola, over the logarithm of the decay, through the best
+        decay of the grid and its neighbours; `None` where the best is at an end of the grid."""
+        decays = [decay for decay in self.grids[optimizer] if decay > 0]
+        best = self.best(optimizer)
+        place = decays.index(best) if best in decays else 0
+        if not 0 < place < len(decays) - 1:
+            return None
+        near = decays[place - 1 : place + 2]
+        values = self.means.loc[optimizer, self.metric.key][near].to_numpy()
+        if not np.isfinite(values).all():
+            return None
+        parabola = np.polynomial.Polynomial(np.polynomial.polynomial.polyfit(np.log(near), values, 2))
+        (vertex,) = parabola.deriv().roots()
+        return math.exp(vertex), float(parabola(vertex))
 
 
 def plus_minus(error: float) -> str:
@@ -92,110 +119,182 @@ def plus_minus(error: float) -> str:
     return "" if math.isnan(error) else f" ± {error:.2g}"
 
 
-def of_same_decay(rows: list[Row], optimizer: str, decay: float, reference: str) -> float | None:
-    """The weight decay of `reference` whose effective mean is nearest to that of this setting, if they are equal."""
-    mean = mean_of(rows, optimizer, decay, "mean_weight_decay")
-    means = {other: mean_of(rows, reference, other, "mean_weight_decay") for other in settings_of(rows)[reference]}
-    nearest = min(means, key=lambda other: abs(means[other] - mean))
-    return nearest if abs(means[nearest] - mean) <= SAME_DECAY * mean else None
-
-
-def interpolated_best(rows: list[Row], optimizer: str, metric: Measure) -> tuple[float, float] | None:
-    """Weight decay and metric at the vertex of the parabola, over the logarithm of the decay, through the best decay
-    of the grid and its neighbours; `None` where the best is at an end of the grid."""
-    decays = sorted(decay for decay in settings_of(rows)[optimizer] if decay > 0)
-    best = best_settings(rows, metric)[optimizer]
-    place = decays.index(best) if best in decays else 0
-    if not 0 < place < len(decays) - 1:
-        return None
-    near = decays[place - 1 : place + 2]
-    left, middle, right = (mean_of(rows, optimizer, decay, metric.key) for decay in near)
-    a, b = math.log(near[0] / best), math.log(near[2] / best)
-    # y = middle + slope * x + curvature * x^2, with x = log(decay / best)
-    curvature = ((right - middle) / b - (left - middle) / a) / (b - a)
-    slope = (right - middle) / b - curvature * b
-    if curvature == 0 or math.isnan(curvature):
-        return None
-    vertex = -slope / (2 * curvature)
-    return best * math.exp(vertex), middle + slope * vertex + curvature * vertex**2
-
-
 # --- table ---
 
 
-def table(rows: list[Row], metric: Measure) -> str:
-    best, settings, measures = best_settings(rows, metric), settings_of(rows), measures_of(metric)
+def table(results: Results) -> str:
+    measures = measures_of(results.metric)
     lines = [
         f"| optimizer | weight decay | seeds | {' | '.join(measure.label for measure in measures)} |",
         "|---|---:|---:|" + "---:|" * len(measures),
     ]
-    for optimizer, decays in settings.items():
-        for decay in sorted(decays):
-            values = [list(column(rows, optimizer, decay, measure.key).values()) for measure in measures]
-            cells = [f"{mean:.4g}{plus_minus(error)}" for mean, error in map(mean_and_error, values)]
+    for optimizer, decays in results.grids.items():
+        for decay in decays:
+            mean, error = results.means.loc[(optimizer, decay)], results.errors.loc[(optimizer, decay)]
+            cells = [f"{mean[m.key]:.4g}{plus_minus(error[m.key])}" for m in measures]
             name = "adam" if optimizer == "adamw" and decay == 0 else optimizer
-            mark = " (best)" if best[optimizer] == decay else ""
-            lines.append(f"| {name} | {decay:g}{mark} | {len(values[0])} | {' | '.join(cells)} |")
+            mark = " (best)" if results.is_chosen(optimizer) and results.best(optimizer) == decay else ""
+            seeds = results.num_seeds[optimizer, decay]
+            lines.append(f"| {name} | {decay:g}{mark} | {seeds} | {' | '.join(cells)} |")
     lines += [
         "",
         "± is the standard error over the seeds. Training loss and gradient norm (before clipping): mean of the last "
         f"{NUM_LAST_LOGS} logs. Weight norm: of all weights with two or more dimensions. Mean and final decay: the "
         "effective one, over the logs of a run weighted by the learning rate, and in the last.",
     ]
-    reference, *others = settings
+    return "\n".join([*lines, *differences(results), *grids(results)]) + "\n"
+
+
+def differences(results: Results) -> list[str]:
+    measures = measures_of(results.metric)
+    reference, *others = results.grids
+    lines = []
     for optimizer in others:
         lines += ["", f"{optimizer} minus {reference}, paired over the seeds:", ""]
-        compared = [("each at its best", best[optimizer], best[reference], measures)]
-        for decay in sorted(settings[optimizer]):
-            same = of_same_decay(rows, optimizer, decay, reference)
-            if same is not None:
+        best, of_reference = results.best(optimizer), results.best(reference)
+        chosen = results.is_chosen(optimizer) and results.is_chosen(reference)
+        compared = [("each at its best", best, of_reference, measures)] if chosen else []
+        for decay in results.grids[optimizer]:
+            if not chosen and decay in results.grids[reference]:
+                compared.append(("at equal weight_decay", decay, decay, measures))
+            same = results.of_same_decay(optimizer, decay, reference)
+            if same is not None and ("at equal weight_decay", decay, same, measures) not in compared:
                 compared.append(("at equal mean decay", decay, same, measures[:-2]))
         for name, one, other, shown in compared:
-            pair = ((optimizer, one), (reference, other))
-            differences = (f"{m.label} {paired_difference(rows, *pair, m.key)}" for m in shown)
-            lines.append(f"- {name} ({one:g}, {other:g}): {', '.join(differences)}")
-    grids = {optimizer: {*decays} - {0.0} for optimizer, decays in settings.items() if len({*decays} - {0.0}) > 2}
-    if grids:
-        lines += [
-            "",
-            f"Over the weight decays of the grid, the best {metric.label} (of a parabola through the best one and its "
-            "neighbours), and the range of its mean (smaller is more robust):",
-            "",
-        ]
-    for optimizer, decays in grids.items():
-        found = interpolated_best(rows, optimizer, metric)
-        best_at = "the best is at an end" if found is None else f"{found[1]:.4g} at {found[0]:.3g}"
-        means = [mean_of(rows, optimizer, decay, metric.key) for decay in decays]
-        lines.append(f"- {optimizer}: {best_at}; {max(means) - min(means):.4g} over {len(means)} values")
-    return "\n".join(lines) + "\n"
+            found = results.difference((optimizer, one), (reference, other))
+            text = "no seed in common"  # a second call may have asked for others
+            if found is not None:
+                text = ", ".join(f"{m.label} {found[0][m.key]:+.3g}{plus_minus(found[1][m.key])}" for m in shown)
+            lines.append(f"- {name} ({one:g}, {other:g}): {text}")
+    return lines
+
+
+def grids(results: Results) -> list[str]:
+    lines = []
+    for optimizer, decays in results.grids.items():
+        decays = [decay for decay in decays if decay > 0]
+        if len(decays) > 2:
+            found = results.interpolated_best(optimizer)
+            best_at = "the best is at an end" if found is None else f"{found[1]:.4g} at {found[0]:.3g}"
+            means = results.means.loc[optimizer, results.metric.key][decays]
+            lines.append(f"- {optimizer}: {best_at}; {means.max() - means.min():.4g} over {len(decays)} values")
+    head = (
+        f"Over the weight decays of the grid, the best {results.metric.label} (of a parabola through the best one and "
+        "its neighbours), and the range of its mean (smaller is more robust):"
+    )
+    return ["", head, "", *lines] if lines else []
+
+
+# --- verdict ---
+
+
+def verdict(results: Results) -> list[str]:
+    """What came out, for someone who has not seen the table: three sentences at most."""
+    if len(results.means) < 2:
+        return []
+    metric, (reference, *others) = results.metric, results.grids
+    best = {optimizer: results.best(optimizer) for optimizer in results.grids}
+    few = len(results.means) <= FEW_SETTINGS
+    named = [(o, decay) for o, decays in results.grids.items() for decay in (decays if few else [best[o]])]
+    lines = [
+        f"{metric.label.capitalize()} at the end ({metric.direction}"
+        + ("" if few else ", each optimizer with its best weight decay")
+        + "): "
+        + ", ".join(f"{_name(*one)}: {_value(results, one)}" for one in named)
+        + "."
+    ]
+    if not others:
+        return lines
+
+    def gap(optimizer: str) -> float:
+        means = results.means[metric.key]
+        return abs(means[optimizer, best[optimizer]] - means[reference, best[reference]])
+
+    other = max(others, key=gap)
+    pair = ((other, best[other]), (reference, best[reference]))
+    norms = results.means["final_grad_norm"]
+    ratio = norms[pair[0]] / norms[pair[1]] - 1
+    lines.append(
+        f"{_name(*pair[0])} ended with a gradient norm {100 * abs(ratio):.0f} % {'higher' if ratio > 0 else 'lower'} "
+        f"than {_name(*pair[1])}."
+    )
+    found = results.difference(*pair)
+    error = math.nan if found is None else found[1][metric.key]
+    noise = (
+        "One seed each: small differences may be chance."
+        if math.isnan(error)
+        else f"Two standard errors over the seeds are {2 * error:.2g}."
+    )
+    means = results.means.loc[reference, metric.key]
+    strength, schedule = means.max() - means.min(), gap(other)
+    what = "its schedule" if all(name.startswith("adams") for name in others) else "the optimizer"
+    of_strength, of_other = f"(a difference of {strength:.2g})", f"({schedule:.2g})"
+    if max(strength, schedule) < 2 * error:
+        decides = f"Neither the strength of the decay {of_strength} nor {what} {of_other} stands out from chance here."
+    elif len(means) < 2:
+        decides = f"{_name(*pair[0])} and {_name(*pair[1])} differ by {schedule:.2g}."
+    elif strength >= DECIDES * schedule:
+        decides = f"The strength of the decay decides here {of_strength}, not {what} {of_other}."
+    elif schedule >= DECIDES * strength:
+        decides = f"Not the strength of the decay decides here {of_strength}, but {what} {of_other}."
+    else:
+        decides = f"The strength of the decay {of_strength} and {what} {of_other} weigh alike here."
+    return [*lines, f"{decides} {noise}"]
+
+
+def _name(optimizer: str, decay: float) -> str:
+    name, _, options = optimizer.partition(":")
+    return f"{name_of(name)} {decay:g}"
+
+
+def _value(results: Results, setting: Setting) -> str:
+    last, best = (results.means.loc[setting, key] for key in (results.metric.key, f"best_{results.metric.key}"))
+    overfitted = abs(last - best) > OVERFITTED * abs(best)
+    return f"{last:#.3g}" + (f" (it overfits: {best:#.3g} at its best)" if overfitted else "")
 
 
 # --- plot ---
 
 
-def plot_robustness(rows: list[Row], metric: Measure, path: Path) -> None:
-    """Metric and gradient norm against the decay that a run really had, so that all optimizers share the axis."""
+def label_of(optimizer: str) -> str:
+    name, *optim_args = optimizer.split(":", 1)
+    return ": ".join([name_of(name), *(options.replace(",", ", ") for options in optim_args)])
+
+
+def plot_robustness(results: Results, path: Path) -> bool:
+    """
+    Metric and gradient norm against the decay that a run really had, so that all optimizers share the axis.
+
+    Returns:
+        `bool`: whether there was a curve to draw: an optimizer with three weight decays above 0.
+    """
+    if not any(sum(decay > 0 for decay in decays) > 2 for decays in results.grids.values()):
+        return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    labels = {metric.key: metric.label, "final_grad_norm": f"L2 norm of the gradient, last {NUM_LAST_LOGS} logs"}
+    styles = styles_of([name_of(optimizer.partition(":")[0]) for optimizer in results.grids])
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    labels = {results.metric.key: results.metric.label, "final_grad_norm": f"gradient norm, last {NUM_LAST_LOGS} logs"}
     for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        for index, (optimizer, decays) in enumerate(settings_of(rows).items()):
-            colour = COLOURS[index % len(COLOURS)]
-            points = {decay: mean_and_error([*column(rows, optimizer, decay, key).values()]) for decay in decays}
-            if 0.0 in points:  # has no place on a logarithmic axis
-                mean, error = points.pop(0.0)
-                axes.axhline(mean, color=colour, linestyle=":", label=f"{optimizer}, no decay")
-                axes.axhspan(mean - error, mean + error, color=colour, alpha=0.1, linewidth=0)
+        for index, (optimizer, decays) in enumerate(results.grids.items()):
+            colour, line = styles[index]["color"], styles[index]["linestyle"]
+            mean, error = results.means.loc[optimizer, key], results.errors.loc[optimizer, key].fillna(0)
+            if 0.0 in decays:  # has no place on a logarithmic axis
+                axes.axhline(mean[0.0], color=colour, linestyle=":", label=f"{label_of(optimizer)}, no decay")
+                axes.axhspan(mean[0.0] - error[0.0], mean[0.0] + error[0.0], color=colour, alpha=0.1, linewidth=0)
             # In the order of the decays that they really had.
-            effective = sorted((mean_of(rows, optimizer, decay, "mean_weight_decay"), decay) for decay in points)
-            if effective:
-                means, errors = zip(*(points[decay] for _, decay in effective), strict=True)
-                errors = [0 if math.isnan(error) else error for error in errors]
-                style = {"fmt": f"{MARKERS[index % len(MARKERS)]}-", "color": colour, "capsize": 3, "markersize": 4}
-                axes.errorbar([decay for decay, _ in effective], means, errors, label=optimizer, **style)
+            effective = results.means.loc[optimizer, "mean_weight_decay"].drop(0.0, errors="ignore").sort_values()
+            if len(effective):
+                style = {"fmt": f"{MARKERS[index % len(MARKERS)]}{line}", "color": colour, "capsize": 3}
+                points = mean[effective.index], error[effective.index]
+                axes.errorbar(effective, *points, label=label_of(optimizer), markersize=4, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("effective weight decay, mean over the training")
         axes.set_ylabel(label)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    names = [textwrap.fill(name, 34) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
+    return True

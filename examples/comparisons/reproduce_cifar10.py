@@ -5,7 +5,7 @@
 
 That is the full experiment, for one GPU: test error, gradient norm, effective decay. In pieces of at most 9 minutes:
 add `--max_minutes 9` and give the same command again and again. The images come from the Hub, or from a file with
-`--data cifar-10-python.tar.gz` (the folder it unpacks to, or an .npz file).
+`--data cifar-10-binary.tar.gz` (the folder it unpacks to, or an .npz file).
 
 On a CPU, at a scale that finishes:
 
@@ -29,6 +29,7 @@ Source: Xie et al., *On the Overlooked Pitfalls of Weight Decay and How to Mitig
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import multiprocessing
@@ -45,7 +46,6 @@ from cifar10_data import augment, load_cifar10, normalise, random_subset
 from cifar10_models import MODELS, WIDTH
 from cifar10_report import plot, result_of, scale_of, table
 from cifar10_runs import FULL_EPOCHS, OPTIMIZERS, Optimizer, Run, replace
-from tables import write_csv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -234,7 +234,7 @@ def execute(runs: list[Run], jobs: int, deadline: float) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="hub", help="hub, cifar-10-python.tar.gz, the folder in it, or an .npz file")
+    add("--data", default="hub", help="hub, cifar-10-binary.tar.gz, the folder in it, or an .npz file")
     add("--model", choices=MODELS, default="resnet18")
     add("--width", type=int, default=WIDTH, help="channels of the first stage")
     every = [*map(Optimizer.parse, OPTIMIZERS)]
@@ -290,7 +290,10 @@ def main() -> None:
         )
         return
     results = [result_of(run) for run in runs]
-    write_csv(results, arguments.output_dir / "results.csv")
+    with (arguments.output_dir / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, results[0])
+        writer.writeheader()
+        writer.writerows(results)
     scale = scale_of(arguments, num_train)
     text = table(runs, results, scale)
     (arguments.output_dir / "results.md").write_text(text)

@@ -30,11 +30,11 @@ class TextSource:
     embedded: bool = field(
         default=False, metadata={"help": "A text that comes with Python (see embedded_text); no download."}
     )
-    embedded_text: str = field(
-        default="python",
+    embedded_text: str | None = field(
+        default=None,
         metadata={
-            "help": "Which text --embedded is: the source files of Python's standard library, or chapters of its "
-            "manual.",
+            "help": "Which text --embedded is: the source files of Python's standard library (default), or chapters "
+            "of its manual.",
             "choices": list(TEXTS),
         },
     )
@@ -57,6 +57,11 @@ class TextSource:
                 f"validation_file={self.validation_file!r}, embedded={self.embedded}; expected exactly one source: "
                 "--dataset_name, --train_file (with or without --validation_file), or --embedded."
             )
+        if self.embedded_text is not None and not self.embedded:
+            raise ValueError(
+                f"embedded_text={self.embedded_text!r} without --embedded would be ignored; leave one of the two out."
+            )
+        self.embedded_text = self.embedded_text or "python"
         if self.embedded_text not in TEXTS:  # from a file of arguments, whose choices nobody has checked
             raise ValueError(f"embedded_text={self.embedded_text!r}; expected one of {', '.join(TEXTS)}.")
         for name, file in files.items():

@@ -12,13 +12,13 @@ Files (.txt; or .csv, .json, .jsonl with a text per row), from random weights or
 
     python examples/language_modeling/run_clm.py --train_file train.txt --validation_file validation.txt \\
         --model_name_or_path HuggingFaceTB/SmolLM2-135M --lora_r 8 --do_train --do_eval --optim adams \\
-        --optim_args reference_steps=50 --weight_decay 0.01 --learning_rate 1e-4 --output_dir outputs/lora
+        --optim_args reference_steps=100 --weight_decay 0.01 --learning_rate 1e-4 --output_dir outputs/lora
 
 A data set from the Hub:
 
     python examples/language_modeling/run_clm.py --dataset_name Salesforce/wikitext \\
         --dataset_config_name wikitext-2-raw-v1 --model_name_or_path openai-community/gpt2 --do_train --do_eval \\
-        --optim adams --optim_args reference_steps=50 --weight_decay 0.01 --output_dir outputs/wikitext
+        --optim adams --optim_args reference_steps=100 --weight_decay 0.01 --output_dir outputs/wikitext
 
 All arguments from a file: `python examples/language_modeling/run_clm.py arguments.yaml` (or .json). Several processes:
 `accelerate launch --config_file examples/configs/fsdp2.yaml examples/language_modeling/run_clm.py ...`. Training goes

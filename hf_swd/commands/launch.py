@@ -125,8 +125,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "-o",
         "--output",
         metavar="FILE",
-        help="image to write, its format taken from the suffix: .png, .pdf, .svg "
-        "(default: swd_plot.png in the first OUTPUT_DIR)",
+        help="image to write, in a folder that is made if it is missing, its format taken from the suffix: .png, "
+        ".pdf, .svg (default: swd_plot.png in the first OUTPUT_DIR)",
     )
     return parser, run
 

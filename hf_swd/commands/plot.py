@@ -23,24 +23,39 @@ if TYPE_CHECKING:
 _PANELS = {
     "loss": ("loss", "loss (cross-entropy: nats)"),
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
-    "swd/weight_decay": ("effective weight decay", "decay per step and unit learning rate"),
+    "swd/weight_decay": ("effective weight decay", "the weight_decay that acts in a step"),
 }
-# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines. Four styles against seven colours:
-# 28 combinations.
+# Okabe and Ito's colour-blind safe palette without its yellow, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOUR_OF = {"AdamS": "#0072B2", "AdamW": "#D55E00", "Adam": "#CC79A7", "SGD": "#E69F00"}
+_NAMES = {"adams": "AdamS", "adam": "Adam", "sgd": "SGD"}
+_NAMES |= dict.fromkeys(("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused"), "AdamW")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D")
-_EVALUATION: dict[str, Any] = {"linewidth": 0.7, "markersize": 5.5, "markerfacecolor": "white", "zorder": 3}
+_EVALUATION: dict[str, Any] = {"markersize": 4.5, "markerfacecolor": "none"}
 _FEW_POINTS = 15
+_BEGINNING = 0.1  # of a training: its steep first values are left out where others would be flat beside them
 _LEGEND_CHARACTERS = 130
 
 
 @dataclass
 class _Run:
-    path: Path  # of its trainer_state.json
     log: list[dict[str, Any]]
-    constant_decay: float | None  # of a run without a schedule, where it is known
+    arguments: dict[str, Any]
+    folder: str
     name: str = ""
+
+    @property
+    def optimizer(self) -> str:
+        """What it is called in pictures; empty if it is not known."""
+        return name_of(self.arguments.get("optim", ""))
+
+    @property
+    def constant_decay(self) -> float | None:
+        """`weight_decay` of an optimizer that decouples it from the gradient and keeps it constant."""
+        optim = self.arguments.get("optim", "")
+        is_constant = optim != "adams" and has_decoupled_decay(optim)
+        return read_number(self.arguments, "weight_decay") if is_constant else None
 
     def logged(self, key: str) -> list[tuple[float, float]]:
         """Steps and values of a log key, NaN and infinity included."""
@@ -59,9 +74,10 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     Draws loss (training and evaluation), gradient norm and effective weight decay of runs, and saves the picture.
 
     A run without scheduled weight decay has its constant decay drawn if its `training_args.bin` is there and names an
-    optimizer with decoupled decay; the legend says so. Where values are NaN or infinite, a line along the upper edge
-    begins with a cross, and the legend names the first step. Axes are logarithmic where values span more than a
-    decade. No display is needed.
+    optimizer with decoupled decay. The first tenth of a training may leave the panels of loss and gradient norm, whose
+    axes the rest fills. Runs are named by optimizer and weight decay, as far as those are known. Where values are NaN
+    or infinite, a line along the upper edge begins with a cross, and the legend names the first step. Axes are
+    logarithmic where values span more than a decade. No display is needed.
 
     Args:
         output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of
@@ -82,9 +98,9 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
     folders = {find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
-    runs = [_read(state) for state in folders]
-    for run, name in zip(runs, _short_names(list(folders.values())), strict=True):
-        run.name = name
+    names = _short_names(list(folders.values()))
+    runs = [_read(state, name) for state, name in zip(folders, names, strict=True)]
+    _name(runs)
     first = paths[0]
     target = (first if first.is_dir() else first.parent) / "swd_plot.png" if output is None else Path(output)
     return save_figure(_draw(runs), target)
@@ -93,9 +109,9 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
 # Reading
 
 
-def _read(path: Path) -> _Run:
+def _read(path: Path, folder: str) -> _Run:
     log = read_history(path)
-    run = _Run(path, log, _constant_decay(run_folders(path)))
+    run = _Run(log, read_arguments(run_folders(path)), folder)
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
             f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train "
@@ -104,12 +120,16 @@ def _read(path: Path) -> _Run:
     return run
 
 
-def _constant_decay(folders: Iterable[Path]) -> float | None:
-    """`weight_decay` of the arguments, if the optimizer there decouples it from the gradient and keeps it constant."""
-    arguments = read_arguments(folders)
-    optim = arguments.get("optim", "")
-    is_constant = optim != "adams" and has_decoupled_decay(optim)
-    return read_number(arguments, "weight_decay") if is_constant else None
+def _name(runs: Sequence[_Run]) -> None:
+    """By optimizer and weight decay; by `optim_args` and folder, too, where runs do not differ in that."""
+    for run in runs:
+        decay = read_number(run.arguments, "weight_decay")
+        run.name = f"{run.optimizer} {decay:g}" if run.optimizer and decay is not None else run.folder
+    for further in ("optim_args", "folder"):
+        if len({run.name for run in runs}) < len(runs):
+            for run in runs:
+                more = run.folder if further == "folder" else run.arguments.get(further) or ""
+                run.name = ", ".join(dict.fromkeys(part for part in (run.name, more) if part))
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -126,6 +146,29 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 
 # Drawing
+
+
+def name_of(optim: str) -> str:
+    """What pictures call an optimizer of the Trainer."""
+    return _NAMES.get(optim, optim)
+
+
+def styles_of(optimizers: Sequence[str]) -> list[dict[str, Any]]:
+    """Colour and line style for each of several lines. An optimizer, as [`name_of`] names it, has one colour in all
+    pictures; a second line of the same optimizer is lighter and in another style."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    spare = [colour for colour in COLOURS if colour not in [_COLOUR_OF.get(name) for name in optimizers]]
+    others = [*dict.fromkeys(name for name in optimizers if name not in _COLOUR_OF)]
+    styles = []
+    for index, name in enumerate(optimizers):
+        before = list(optimizers[:index]).count(name)
+        place = 0 if name in _COLOUR_OF else others.index(name)
+        red, green, blue = to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)]))
+        white = min(0.3 * before, 0.6)
+        colour = to_hex((red + white * (1 - red), green + white * (1 - green), blue + white * (1 - blue)))
+        styles.append({"color": colour, "linestyle": _LINES[(place + before) % len(_LINES)]})
+    return styles
 
 
 def require_matplotlib() -> None:
@@ -178,7 +221,7 @@ def _draw(runs: Sequence[_Run]) -> Figure:
             _draw_panel(axes, runs, key)
             axes.set_title(title)
             axes.set_ylabel(unit)
-        handles = [Line2D([], [], **_style(index)) for index in range(len(runs))]
+        handles = [Line2D([], [], **style) for style in _styles(runs)]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2, frameon=False)
     return figure
 
@@ -186,20 +229,21 @@ def _draw(runs: Sequence[_Run]) -> Figure:
 def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
     from matplotlib.lines import Line2D
 
-    values: list[float] = []
-    for index, run in enumerate(runs):
+    drawn: list[tuple[float, float]] = []
+    for index, (run, style) in enumerate(zip(runs, _styles(runs), strict=True)):
         points = run.drawn(key)
         marker = _MARKERS[index % len(_MARKERS)]
         if points:
             few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
-            axes.plot(*zip(*points, strict=True), **_style(index), **few, label=run.name)
-        _mark_not_finite(axes, points, index)
+            axes.plot(*zip(*points, strict=True), **style, **few, label=run.name)
+        _mark_not_finite(axes, points, style)
         evaluations = run.logged("eval_loss") if key == "loss" else []
         if evaluations:
-            style = {**_style(index), "marker": marker, **_EVALUATION}
-            axes.plot(*zip(*evaluations, strict=True), **style, label=f"{run.name} (evaluation)")
-            _mark_not_finite(axes, evaluations, index)
-        values += [value for _, value in points + evaluations]
+            evaluation = {**style, "marker": marker, **_EVALUATION}
+            axes.plot(*zip(*evaluations, strict=True), **evaluation, label=f"{run.name} (evaluation)")
+            _mark_not_finite(axes, evaluations, style)
+        drawn += points + evaluations
+    values = _set_limits(axes, drawn) if key != "swd/weight_decay" else [value for _, value in drawn]
     if key == "loss" and any(run.logged("eval_loss") for run in runs):
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
         axes.legend(lines, ["training", "evaluation"], frameon=False)
@@ -213,7 +257,21 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
             axes.set_xticks([])
 
 
-def _mark_not_finite(axes: Axes, points: Sequence[tuple[float, float]], index: int) -> None:
+def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float]:
+    """Limits that the values after the beginning fill, where those of the beginning would take a third of the axis or
+    more. Returns the finite values that count."""
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    last = max((step for step, _ in finite), default=0)
+    later = [value for step, value in finite if step > _BEGINNING * last]
+    values = [value for _, value in finite]
+    if not later or max(later) - min(later) >= 0.67 * (max(values) - min(values)) or max(later) > 10 * min(later):
+        return values
+    margin = 0.05 * (max(later) - min(later)) or 0.05 * abs(later[0])
+    axes.set_ylim(min(later) - margin, max(later) + margin)
+    return later
+
+
+def _mark_not_finite(axes: Axes, points: Sequence[tuple[float, float]], style: dict[str, Any]) -> None:
     """A line along the upper edge over each stretch of points that no curve can show, with a cross where it begins."""
     for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
         if not is_finite:
@@ -221,7 +279,7 @@ def _mark_not_finite(axes: Axes, points: Sequence[tuple[float, float]], index: i
             axes.plot(
                 steps,
                 [1.0] * len(steps),
-                **_style(index),
+                **style,
                 marker="x",
                 markevery=[0],
                 transform=axes.get_xaxis_transform(),
@@ -247,8 +305,10 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("symlog", linthresh=min(positive))
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": _LINES[index % len(_LINES)], "linewidth": 1.4}
+def _styles(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """Lines become thinner, so that one which lies on another leaves it visible."""
+    styles = styles_of([run.optimizer or run.name for run in runs])
+    return [{**style, "linewidth": max(2.4 - 0.5 * index, 1.2)} for index, style in enumerate(styles)]
 
 
 def _label(run: _Run) -> str:
@@ -257,11 +317,8 @@ def _label(run: _Run) -> str:
         for key, what in (("loss", "training loss"), ("grad_norm", "gradient norm"))
         if not run.logged(key)
     ]
-    if not run.logged("swd/weight_decay"):
-        known = run.constant_decay is not None
-        notes.append(
-            f"constant weight_decay={run.constant_decay:g} of its arguments" if known else "weight decay not known"
-        )
+    if not run.logged("swd/weight_decay") and run.constant_decay is None:
+        notes.append("weight decay not known")
     points = [point for key in (*_PANELS, "eval_loss") for point in run.logged(key) if not math.isfinite(point[1])]
     if points:
         step, value = min(points, key=lambda point: point[0])

@@ -36,8 +36,7 @@ class SWDCallback(TrainerCallback):
 
     - no decay at all;
     - a decay of more than 1 % of the weights per step (looked at in steps that are powers of two and at every log);
-    - the schedule will follow clipped gradients (`max_grad_norm`, or `gradient_clipping` of DeepSpeed, is not 0, and
-      `unclipped_norm` is off);
+    - a decay of a hundred times `weight_decay` that is hardly meant;
     - at least 90 % of the steps were clipped (looked at from 20 steps on, and at the end; under DeepSpeed, which clips
       by itself, as far as logs show `grad_norm`);
     - a resumed checkpoint whose `reference_steps`, `unclipped_norm` or `amsgrad` are not what was asked for;

@@ -8,6 +8,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from ..core.schedule import schedule_of
 from ..core.wrappers import unwrapped
 
@@ -21,14 +23,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_swd.trainer")
 
 _LARGE_DECAY = 0.01  # of the weights, per step
+_MANY_TIMES = 100  # weight_decay: with reference_steps, or from a value that is usual for AdamW, hardly meant
+_USUAL_FOR_ADAMW = 0.01
 _NEARLY_ALL = 0.9
 _ENOUGH_STEPS = 20
 _ENOUGH_LOGS_AT_END = 3
 _OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
-_TWO_WAYS_OUT = (
-    "To let it follow the gradient, raise max_grad_norm above the usual grad_norm of the log (0 clips nothing), or "
-    'schedule by the norm before clipping: optim_args="unclipped_norm=true" (unclipped_norm=True of the optimizer).'
-)
 _LIKE_ADAMW = (
     'optim_args="reference_steps=100", with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)'
 )
@@ -41,6 +41,7 @@ class _Watch:
     state: TrainerState  # a new one for every training
     first_step: int
     clips_before: tuple[int, int]
+    clips_to: str = ""
     logs: int = 0
     clipped_logs: int = 0
     said: set[str] = field(default_factory=set)
@@ -51,7 +52,8 @@ class _Watch:
     def warn(self, subject: str, message: str) -> None:
         if self.looks_for(subject):
             self.said.add(subject)
-            logger.warning(message)
+            with tqdm.external_write_mode():  # not behind a progress bar
+                logger.warning(message)
 
 
 # By schedule; by the optimizer itself where it has none.
@@ -78,18 +80,11 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, m
             "weight_decay=5e-4, the paper's value; or AdamW's value (usually 0.01 to 0.1) together with "
             'optim_args="reference_steps=100".',
         )
-    elif max_norm > 0 and not schedule.unclipped_norm:
-        clips = f"max_grad_norm={max_norm:g}"
-        if max_norm != max_grad_norm:
-            clips = (
-                f"DeepSpeed clips to gradient_clipping={max_norm:g}, which its configuration leaves out (with "
-                f'"gradient_clipping": "auto" it would be max_grad_norm={max_grad_norm:g})'
-            )
-        watch.warn(
-            "clipped norm",
-            f"{clips}: scheduled weight decay follows the gradient as it is after clipping. While "
-            "steps are clipped (in most fine-tuning nearly all are), its norm is constant, and so is the decay, as in "
-            f"AdamW. {_TWO_WAYS_OUT}",
+    watch.clips_to = f"max_grad_norm={max_norm:g}"
+    if max_norm != max_grad_norm:
+        watch.clips_to = (
+            f"gradient_clipping={max_norm:g} of DeepSpeed, whose configuration leaves it out (with "
+            f'"gradient_clipping": "auto" it would be max_grad_norm={max_grad_norm:g})'
         )
     if watch.first_step > 0 and schedule.step_count == 0 and not optimizer.state:
         watch.warn(
@@ -182,8 +177,10 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
         return
     group = max(optimizer.param_groups, key=lambda group: float(group["lr"]) * float(group["weight_decay"]))
     lr, decay, rms = float(group["lr"]), float(group["weight_decay"]), schedule.grad_rms
-    if lr * decay > _LARGE_DECAY and rms > 0:
-        user_decay = group["initial_weight_decay"]
+    user_decay = group["initial_weight_decay"]
+    if rms <= 0:
+        return
+    if lr * decay > _LARGE_DECAY:
         if schedule.reference_steps:
             remedy = f" ({_LARGE_DECAY / (lr * decay) * user_decay:.2g} would take 1 %)"
         else:
@@ -193,6 +190,16 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
             f"weight decay takes {100 * lr * decay:.3g} % of the weights at step {step}: learning rate {lr:.3g} * "
             f"effective decay {decay:.3g}, from weight_decay={user_decay:g} at a gradient rms of {rms:.3g}. Choose a "
             f"smaller weight_decay{remedy}.",
+        )
+    elif decay > _MANY_TIMES * user_decay and (schedule.reference_steps or user_decay >= _USUAL_FOR_ADAMW):
+        if schedule.reference_steps:
+            why = f"the gradient rms has fallen from {schedule.reference_rms:.3g} to {rms:.3g} since reference_steps"
+        else:
+            why = f"without reference_steps it is divided by the gradient rms, {rms:.3g}. As in AdamW: {_LIKE_ADAMW}"
+        watch.warn(
+            "large decay",
+            f"the effective decay at step {step} is {decay:.3g}, {decay / user_decay:.0f} times "
+            f"weight_decay={user_decay:g}: {why}.",
         )
 
 
@@ -220,7 +227,16 @@ def _check_clipping(
         constant, formula = user_decay, "weight_decay itself"
     watch.warn(
         "clipping",
-        f"{clipped} of {seen} {of_what} were clipped to max_grad_norm={max_norm:g}. Clipped gradients all have the "
+        f"{clipped} of {seen} {of_what} were clipped to {watch.clips_to}. Clipped gradients all have the "
         f"same norm, so scheduled weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with "
-        f"weight_decay={constant:.3g}. {_TWO_WAYS_OUT}",
+        f"weight_decay={constant:.3g}. To let it follow the gradient, raise max_grad_norm above the usual grad_norm "
+        "of the log (0 clips nothing); or schedule by the norm before clipping, with unclipped_norm=true beside what "
+        f'optim_args holds: optim_args="{_kept_options(schedule)}unclipped_norm=true".',
     )
+
+
+def _kept_options(schedule: WeightDecaySchedule) -> str:
+    """Of `optim_args`, as far as the optimizer knows them."""
+    options = schedule.optimizer.defaults
+    kept = {"reference_steps": schedule.reference_steps, "amsgrad": "true" if options.get("amsgrad") else ""}
+    return "".join(f"{key}={value}," for key, value in kept.items() if value)

@@ -81,12 +81,13 @@ def test_plot_of_two_real_trainings_shows_their_logs(tmp_path, figures, capsys):
     panels = lines(figures[0])
     for optim, log in logs.items():
         assert len(series(log, "loss")) == 6
-        assert panels["loss"][optim] == series(log, "loss")
-        assert panels["loss"][f"{optim} (evaluation)"] == series(log, "eval_loss")
-        assert panels["gradient norm"][optim] == series(log, "grad_norm")
-    assert panels["effective weight decay"]["adams"] == series(logs["adams"], "swd/weight_decay")
-    assert {value for _, value in panels["effective weight decay"]["adamw_torch"]} == {0.01}
-    assert legend(figures[0]) == ["adams", "adamw_torch (constant weight_decay=0.01 of its arguments)"]
+        name = {"adams": "AdamS 0.01", "adamw_torch": "AdamW 0.01"}[optim]
+        assert panels["loss"][name] == series(log, "loss")
+        assert panels["loss"][f"{name} (evaluation)"] == series(log, "eval_loss")
+        assert panels["gradient norm"][name] == series(log, "grad_norm")
+    assert panels["effective weight decay"]["AdamS 0.01"] == series(logs["adams"], "swd/weight_decay")
+    assert {value for _, value in panels["effective weight decay"]["AdamW 0.01"]} == {0.01}
+    assert legend(figures[0]) == ["AdamS 0.01", "AdamW 0.01"]
 
 
 @pytest.mark.parametrize("optim", ["ademamix", "adafactor", "lion_8bit"])
@@ -130,6 +131,60 @@ def test_legend_has_the_shortest_distinguishing_names(tmp_path, figures, folders
         write_state(tmp_path / folder, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "swd/weight_decay": 1.0}])
     plot_runs([tmp_path / folder for folder in folders])
     assert legend(figures[0]) == names
+
+
+def write_run(folder, optim, weight_decay, optim_args=None):
+    write_state(folder, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "swd/weight_decay": 1.0}])
+    arguments = {"optim": optim, "weight_decay": weight_decay, "optim_args": optim_args}
+    (folder / "training_args.json").write_text(json.dumps(arguments))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        ([("adams", 2.0), ("adamw_torch_fused", 0.1), ("lion", 0.1)], ["AdamS 2", "AdamW 0.1", "lion 0.1"]),
+        (
+            [("adams", 2.0, "reference_steps=9"), ("adams", 2.0), ("adamw_torch", 2.0)],
+            ["AdamS 2, reference_steps=9", "AdamS 2", "AdamW 2"],
+        ),
+        ([("adams", 2.0), ("adams", 2.0), ("adamw_torch", 2.0)], ["AdamS 2, 0", "AdamS 2, 1", "AdamW 2, 2"]),
+    ],
+)
+def test_runs_are_named_by_optimizer_and_weight_decay(tmp_path, figures, runs, names):
+    plot_runs([write_run(tmp_path / str(index), *run) for index, run in enumerate(runs)])
+    assert legend(figures[0]) == names
+
+
+def test_an_optimizer_has_one_colour_in_all_pictures(tmp_path, figures):
+    adamw, weaker, adams, lion = (
+        write_run(tmp_path / f"{index}", *run)
+        for index, run in enumerate([("adamw_torch", 2.0), ("adamw_torch", 0.1), ("adams", 2.0), ("lion", 2.0)])
+    )
+    for folders in ([adams, adamw], [lion, adamw, adams], [adamw, weaker]):
+        plot_runs(folders)
+    styles = [
+        {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+        for figure in figures
+    ]
+    assert styles[0]["AdamW 2"] == styles[1]["AdamW 2"] == styles[2]["AdamW 2"] != styles[2]["AdamW 0.1"]
+    assert styles[0]["AdamS 2"] == styles[1]["AdamS 2"]
+    assert len({colour for colour, _ in styles[1].values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        pytest.param([50.0, 20.0] + [2.0, 1.0] * 9, 2.05, id="steep-beginning"),
+        pytest.param([1.0, 50.0] + [1.0] * 18, 1.05, id="constant-rest"),
+        pytest.param([2.2] + [2.0, 1.0] * 10, None, id="all-alike"),
+        pytest.param([50.0, 40.0] + [20.0, 1.0] * 9, None, id="decades-have-a-logarithmic-axis"),
+    ],
+)
+def test_a_steep_beginning_does_not_take_the_axis(tmp_path, figures, values, limit):
+    plot_runs([write_state(tmp_path, log_of(values))])
+    upper = figures[0].axes[0].get_ylim()[1]
+    assert upper == pytest.approx(limit) if limit else upper > max(values)
 
 
 def test_runs_differ_in_colour_and_in_line_style(tmp_path, figures):

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from compare_optimizers import TASKS, Run, command_of, finished, result_of
-from comparison_report import Measure, best_settings, interpolated_best, of_same_decay, table
+from compare_optimizers import TASKS, Progress, Run, command_of, finished, result_of
+from comparison_report import Measure, Results, plot_robustness, table, verdict
 from safetensors.torch import save_file
-from tables import mean_and_error
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "comparisons" / "compare_optimizers.py"
@@ -22,7 +22,7 @@ ACCURACY = Measure("eval_accuracy", "accuracy", larger_is_better=True)
 LOSS = Measure("eval_loss", "validation loss")
 
 
-def row(optimizer, decay, seed, accuracy, mean_decay=None):
+def row(optimizer, decay, seed, accuracy, mean_decay=None, **others):
     return {
         "optimizer": optimizer,
         "weight_decay": decay,
@@ -36,7 +36,12 @@ def row(optimizer, decay, seed, accuracy, mean_decay=None):
         "weight_norm": 3.0,
         "final_weight_decay": decay,
         "mean_weight_decay": decay if mean_decay is None else mean_decay,
+        **others,
     }
+
+
+def results(rows, metric=ACCURACY):
+    return Results(pd.DataFrame(rows), metric)
 
 
 ROWS = [
@@ -51,24 +56,20 @@ ROWS = [
 ]
 
 
-def test_mean_and_standard_error():
-    assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, math.sqrt(5 / 3) / 2))
-    mean, error = mean_and_error([3.0])
-    assert mean == 3.0 and math.isnan(error)
-
-
 @pytest.mark.parametrize("measure", [ACCURACY, LOSS])
 def test_best_decay_is_that_of_the_best_mean(measure):
-    assert best_settings(ROWS, measure) == {"adams": 0.1, "adamw": 1.0}
+    found = results(ROWS, measure)
+    assert {optimizer: found.best(optimizer) for optimizer in found.grids} == {"adams": 0.1, "adamw": 1.0}
 
 
 def test_a_run_that_went_nan_is_not_the_best():
-    rows = [*ROWS, row("adams", 0.05, 0, math.nan), row("adams", 0.3, 0, math.nan)]
-    assert best_settings(rows, LOSS)["adams"] == 0.1
+    found = results([*ROWS, row("adams", 0.05, 0, math.nan), row("adams", 0.3, 0, math.nan)], LOSS)
+    assert found.best("adams") == 0.1
+    assert "| adams | 0.05 | 1 | nan |" in table(found)
 
 
 def test_table_pairs_the_seeds_and_calls_adamw_without_decay_adam():
-    text = table(ROWS, ACCURACY)
+    text = table(results(ROWS))
     assert "| adams | 0.1 (best) | 2 | 0.725 ± 0.025 " in text
     assert "| adam | 0 | 2 |" in text
     # 0.70 - 0.60 and 0.75 - 0.70: seed by seed, although the rows are in another order
@@ -79,26 +80,33 @@ def test_table_pairs_the_seeds_and_calls_adamw_without_decay_adam():
 
 def test_table_sums_up_a_grid():
     rows = [row("adamw", decay, 0, accuracy) for decay, accuracy in ((0.0, 0.1), (0.5, 0.6), (1.0, 0.7), (2.0, 0.6))]
-    text = table([*rows, *(row("adams", decay, 0, decay / 10) for decay in (1.0, 2.0, 3.0))], ACCURACY)
+    text = table(results([*rows, *(row("adams", decay, 0, decay / 10) for decay in (1.0, 2.0, 3.0))]))
     assert "- adamw: 0.7 at 1; 0.1 over 3 values" in text
     assert "- adams: the best is at an end; 0.2 over 3 values" in text
-    assert "| adamw | 1 (best) | 1 | 0.7 | 0.7 |" in text  # one seed has no error
+    assert "| adamw | 1 | 1 | 0.7 | 0.7 |" in text  # one seed has no error, and chooses no best
+
+
+def test_one_seed_or_one_value_has_no_best():
+    one_seed = table(results([row("adamw", 0.1, 0, 0.5), row("adamw", 2.0, 0, 0.6), row("adams", 2.0, 0, 0.7)]))
+    one_value = table(results([row(name, 2.0, seed, 0.5) for name in ("adamw", "adams") for seed in (0, 1)]))
+    for text in (one_seed, one_value):
+        assert "best)" not in text and "at its best" not in text
+        assert text.count("- at equal") == 1 and "- at equal weight_decay (2, 2): accuracy +" in text
 
 
 def test_differences_are_over_the_seeds_that_both_have():
-    text = table([*ROWS, row("adams", 0.1, 2, 0.99, mean_decay=1.0)], ACCURACY)
+    text = table(results([*ROWS, row("adams", 0.1, 2, 0.99, mean_decay=1.0)]))
     assert "- each at its best (0.1, 1): accuracy +0.075 ± 0.025" in text
 
 
 def test_settings_without_a_seed_in_common_have_no_difference():
-    text = table([row("adamw", 1.0, 0, 0.5), row("adams", 0.1, 1, 0.6, mean_decay=1.0)], ACCURACY)
-    assert "- each at its best (0.1, 1): accuracy no seed in common" in text
-    assert "- at equal mean decay (0.1, 1): accuracy no seed in common" in text
+    text = table(results([row("adamw", 1.0, 0, 0.5), row("adams", 0.1, 1, 0.6, mean_decay=1.0)]))
+    assert "- at equal mean decay (0.1, 1): no seed in common" in text
 
 
 def test_equal_decay_is_the_effective_one_of_the_run():
-    assert of_same_decay(ROWS, "adams", 0.1, "adamw") == 1.0
-    assert of_same_decay(ROWS, "adams", 0.2, "adamw") is None
+    assert results(ROWS).of_same_decay("adams", 0.1, "adamw") == 1.0
+    assert results(ROWS).of_same_decay("adams", 0.2, "adamw") is None
 
 
 @pytest.mark.parametrize(("measure", "sign"), [(ACCURACY, 1), (LOSS, -1)])
@@ -107,9 +115,78 @@ def test_best_between_the_decays_is_the_vertex_of_a_parabola(measure, sign):
         return 0.2 + 0.03 * math.log(decay / 1.3) ** 2 if decay else 0.9
 
     rows = [row("adamw", decay, 0, 1 - loss(decay)) for decay in (0.0, 0.5, 1.0, 4.0)]
-    decay, value = interpolated_best(rows, "adamw", measure)
+    decay, value = results(rows, measure).interpolated_best("adamw")
     assert decay == pytest.approx(1.3) and value == pytest.approx(0.8 if sign > 0 else 0.2)
-    assert interpolated_best(rows[:3], "adamw", measure) is None  # who knows what comes after the end
+    assert results(rows[:3], measure).interpolated_best("adamw") is None  # who knows what comes after the end
+
+
+def loss_row(optimizer, decay, seed, loss, best=None, grad_norm=2.0):
+    return row(optimizer, decay, seed, 0.5, eval_loss=loss, best_eval_loss=best or loss, final_grad_norm=grad_norm)
+
+
+def test_verdict_says_in_three_sentences_what_decided():
+    rows = [
+        loss_row("adamw", 0.1, 42, 2.113, best=1.97),
+        loss_row("adamw", 2.0, 42, 1.897, grad_norm=2.9),
+        loss_row("adams:reference_steps=100", 2.0, 42, 1.928, grad_norm=2.523),
+    ]
+    assert verdict(results(rows, LOSS)) == [
+        "Validation loss at the end (lower is better): AdamW 0.1: 2.11 (it overfits: 1.97 at its best), AdamW 2: 1.90, "
+        "AdamS 2: 1.93.",
+        "AdamS 2 ended with a gradient norm 13 % lower than AdamW 2.",
+        "The strength of the decay decides here (a difference of 0.22), not its schedule (0.031). One seed each: "
+        "small differences may be chance.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong", "adams", "said"),
+    [
+        (
+            1.90,
+            1.91,
+            1.60,
+            "Not the strength of the decay decides here (a difference of 0.01), but its schedule (0.3).",
+        ),
+        (1.90, 1.70, 1.60, "The strength of the decay (a difference of 0.2) and its schedule (0.1) weigh alike here."),
+        (
+            1.900,
+            1.901,
+            1.902,
+            "Neither the strength of the decay (a difference of 0.001) nor its schedule (0.002) stands",
+        ),
+    ],
+)
+def test_verdict_weighs_strength_against_schedule(weak, strong, adams, said):
+    rows = [
+        loss_row(*setting, seed, loss + 0.01 * (1 - 2 * seed) * (1 if setting[0] == "adams" else -1))
+        for seed in (0, 1)
+        for setting, loss in ((("adamw", 0.1), weak), (("adamw", 2.0), strong), (("adams", 2.0), adams))
+    ]
+    *_, last = verdict(results(rows, LOSS))
+    assert last.startswith(said) and "standard errors over the seeds are 0.04." in last
+
+
+def test_verdict_of_a_single_setting_or_optimizer_compares_nothing():
+    assert verdict(results([row("adams", 1.0, 0, 0.5)])) == []
+    (line,) = verdict(results([row("adams", 1.0, 0, 0.5), row("adams", 2.0, 0, 0.6)]))
+    assert line == "Accuracy at the end (higher is better): AdamS 1: 0.500, AdamS 2: 0.600."
+
+
+def test_a_curve_needs_three_values(tmp_path):
+    assert not plot_robustness(results(ROWS), tmp_path / "picture.png")
+    rows = [row("adamw", decay, 0, 0.5) for decay in (0.0, 0.1, 1.0, 10.0)]
+    assert plot_robustness(results(rows), tmp_path / "picture.png") and (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("options", [["--max_steps", "40", "--logging_steps", "10"], ["--num_train_epochs", "2"]])
+def test_progress_of_a_run_is_that_of_its_logs(options):
+    with Progress("title", options) as progress:
+        for number in range(1, 5):
+            progress.read(f"{{'loss': '{5 - number}', 'epoch': '{0.5 * number}'}}\n")
+            progress.read("a warning of something\n")
+            assert progress._bar.n == pytest.approx(number / 4)
+        assert progress._bar.postfix == "loss 1.00"
 
 
 def test_result_of_a_run(tmp_path):
@@ -138,7 +215,13 @@ def test_command_of_a_run():
     line = " ".join(command)
     assert "--optim adams --optim_args reference_steps=9,unclipped_norm=true --weight_decay 0.1 --seed 3" in line
     assert line.startswith("language_modeling/run_clm.py ") and line.endswith(" --max_steps 5")
+    assert " --embedded " in line
     assert "--optim adamw_torch_fused --weight_decay" in " ".join(command_of(Run("adamw", 0.1, 3), TASKS["lm"], []))
+
+
+@pytest.mark.parametrize("source", [["--train_file", "text.txt"], ["--train_file=text.txt"], ["--dataset_name", "x"]])
+def test_own_data_take_the_place_of_those_without_a_download(source):
+    assert "--embedded" not in command_of(Run("adamw", 0.1, 3), TASKS["lm"], source)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +232,16 @@ def test_an_optimizer_without_good_decays_is_refused(given, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2 and "expected" in result.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_end_of_the_output_of_a_run_that_fails_is_shown(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--task", "lm", "--output_dir", str(tmp_path), "--optimizer", "adamw", "1"]
+    result = subprocess.run(
+        [*command, "--", "--train_file", "missing.txt"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1 and "train_file='missing.txt'; there is no such file" in result.stderr
+    assert str(tmp_path / "adamw-1-seed0" / "log.txt") in result.stderr
+    assert 'compare_optimizers.py", line' not in result.stderr  # no traceback of its own
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
@@ -178,7 +271,7 @@ def test_comparison_runs_and_goes_on(task, tmp_path):
     assert [(r["optimizer"], float(r["weight_decay"])) for r in rows] == [("adamw", 0.5), ("adams", 0.0005)]
     assert all(0 <= float(r[metric]) <= 10 and float(r["final_grad_norm"]) > 0 for r in rows)
     assert float(rows[0]["final_weight_decay"]) == 0.5 != float(rows[1]["final_weight_decay"])
-    assert {"results.md", "robustness.png", "training.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"results.md", "training.png"} <= {path.name for path in tmp_path.iterdir()}
 
     log = tmp_path / "adams-0.0005-seed0" / "log.txt"
     before = log.stat().st_mtime_ns

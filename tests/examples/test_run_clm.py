@@ -297,6 +297,11 @@ def test_embedded_text_without_source_files_says_so(monkeypatch, tmp_path):
         embedded_text.build_embedded_text()
 
 
+def test_embedded_text_beside_another_source_is_refused():
+    with pytest.raises(ValueError, match="embedded_text='manual' without --embedded would be ignored"):
+        corpus.TextSource(train_file="text.txt", embedded_text="manual")
+
+
 def test_unknown_embedded_text_in_a_file_of_arguments_is_named():
     with pytest.raises(ValueError, match="embedded_text='prose'; expected one of python, manual"):
         corpus.TextSource(embedded=True, embedded_text="prose")
