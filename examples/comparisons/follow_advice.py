@@ -210,7 +210,7 @@ def real(arguments: argparse.Namespace) -> None:
         if not (folder / "trainer_state.json").exists():
             options = ["--weight_decay", f"{decay:g}", "--seed", str(seed), "--output_dir", str(folder)]
             command = [sys.executable, *arguments.script, *options, "--overwrite_output_dir"]
-            with folder.with_suffix(".log").open("w") as log:
+            with (folder.parent / f"{folder.name}.log").open("w") as log:
                 subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
         return folder
 

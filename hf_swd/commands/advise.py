@@ -295,10 +295,10 @@ def _fit_of(run: TrainingLog) -> list[str]:
     elif rise > CONSTANTS.rise:
         step, least = min(losses, key=lambda one: one[1])
         trained = [one["loss"] for one in run.entries if "loss" in one and one["step"] <= step]
-        falls = f", while the training loss fell from {trained[-1]:.4g} to {loss:.4g}" if trained and loss else ""
+        went = f", while the training loss went from {trained[-1]:.4g} to {loss:.4g}" if trained and loss else ""
         lines.append(
             f"It overfits: the evaluation loss was lowest at step {step} ({least:.4g}), and has risen to "
-            f"{losses[-1][1]:.4g} since{falls}."
+            f"{losses[-1][1]:.4g} since{went}."
         )
     else:
         lines.append(f"The evaluation loss fell to the end ({losses[-1][1]:.4g}), or nearly.")
