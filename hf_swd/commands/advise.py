@@ -26,6 +26,7 @@ _IRRELEVANT = tuple(
     "remove_unused _".split()
 )
 _LESS_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")  # ends of names of metrics
+_DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
 
 
@@ -328,6 +329,7 @@ def _decay_of(run: TrainingLog) -> list[str]:
         lines.append(f"Decay took {100 * -math.expm1(-whole):.3g} % of the weights in all{matters}.")
     if decays:
         lines.append(f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}, {mean_decay(run):.3g} in the mean.")
+    lines += _rounding_of(run)
     norms, limit = run.column("grad_norm"), run.max_grad_norm
     clipped = sum(norm > limit for norm in norms) if limit else 0
     if norms and clipped >= _ALL * len(norms):
@@ -336,6 +338,23 @@ def _decay_of(run: TrainingLog) -> list[str]:
             "is constant. AdamS has the option unclipped_norm, which was no better in any task that was measured."
         )
     return lines
+
+
+def _rounding_of(run: TrainingLog) -> list[str]:
+    """What is lost where update and decay together, about the learning rate, are below half the distance of two
+    numbers; DeepSpeed's masters are in float32, whatever is saved."""
+    dtype = max(run.dtypes, key=lambda name: run.dtypes[name], default="")
+    rate = max(run.column("learning_rate"))
+    if dtype not in _DIGITS or not run.weight_decay or not rate or run.arguments.get("deepspeed"):
+        return []
+    still = 2.0 ** math.ceil(math.log2(rate) + _DIGITS[dtype])
+    if still >= 1:
+        return []
+    return [
+        f"Its weights were saved in {dtype}. If trained in it, those above {still:.2g} did not move, since a "
+        f"step of {rate:g}, the learning rate, is less than half the distance to the next number there: all of their "
+        'decay was lost. Load the model in float32 (dtype="float32") and train with bf16=True.'
+    ]
 
 
 def _conclusion(proposal: Proposal, best: Setting, noise: float) -> list[str]:

@@ -7,7 +7,9 @@ import math
 import re
 
 import pytest
+import torch
 from hf_utils import arguments, sentences, tiny_bert
+from safetensors.torch import save_file
 from transformers import Trainer
 
 import hf_swd  # noqa: F401 - registers optim="adams"
@@ -165,6 +167,26 @@ def test_log_that_becomes_nan_says_from_where(tmp_path):
     losses = [1.0] * 5 + [math.nan] * 5
     text = said(write(tmp_path, [2.0, 1.9], losses, weight_decay=0.1, **ADAMW))
     assert "logs from step 120 on are NaN or infinite." in text
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+@pytest.mark.parametrize("lr", [2e-5, 1e-4])
+def test_weights_that_are_said_not_to_move_do_not(tmp_path, dtype, name, lr):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter((0.1 * torch.randn(4000)).to(dtype))
+    start = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.1, fused=True)
+    for _ in range(100):
+        weight.grad = torch.randn(4000).to(dtype)
+        optimizer.step()
+    run = write(tmp_path, [2.0, 1.9], rate=lr, weight_decay=0.1, **ADAMW)
+    save_file({"weight": weight.detach()}, tmp_path / "model.safetensors")
+    (still,) = re.findall(rf"saved in {name}\. If trained in it, those above (\S+) did not move", said(run))
+    large = start.abs() > 1.02 * float(still)  # two digits
+    assert torch.equal(weight[large], start[large])
+    assert (weight != start)[start.abs() < float(still) / 4].any()
+    save_file({"weight": weight.detach().float()}, tmp_path / "model.safetensors")
+    assert "saved in" not in said(run)
 
 
 # --- several runs ---
