@@ -1,4 +1,4 @@
-"""`hf-swd advise`: from the log of a finished run, whether weight decay and its schedule matter, and what to set.
+"""`hf-swd advise`: from the logs of finished runs, which weight decay to try next.
 
 Everything is read from files, without torch or transformers, and without running code of theirs.
 """
@@ -8,292 +8,371 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .forecast import effective_decays, rescaled_decays, total_decay
-from .plot import COLOURS, dress, require_matplotlib, save_figure
-from .run_log import TrainingLog, read_training_log
+from .forecast import CONSTANTS, Proposal, Tried, propose, total_decay
+from .run_log import TrainingLog, has_decoupled_decay, read_training_log
 
 
-_MATTERS = 0.01  # of the weights, over the run
-_TARGET = 0.1  # of the weights, over the run: what a decay that matters is said to take
+# Arguments that change nothing in what is trained, by the beginnings of their names.
+_IRRELEVANT = tuple(
+    "weight_decay seed data_seed output_dir overwrite_output_dir run_name log report_to save eval_ per_device_eval "
+    "do_ push_to_hub hub_ disable_tqdm dataloader_ metric_for greater_is local_rank ddp_ resume project trackio "
+    "include_ skip_memory restore debug distributed_state deepspeed_plugin fsdp_plugin prediction_loss batch_eval "
+    "remove_unused _".split()
+)
+_LESS_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")  # ends of names of metrics
+_DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
-_AS_ADAMS = ("adamw_hf", "adamw_torch", "adamw_torch_fused")  # nothing is lost by AdamS in their place
-_MOVES = 0.1  # relative change of the decay below which AdamS is AdamW
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the schedule is simulated with; `None` is what the run had or, for AdamW's, what is recommended."""
+class Metric:
+    """What runs are compared by: a key of their evaluations, at the end of a run or at its best."""
 
-    weight_decay: float | None = None
-    reference_steps: int | None = None
-    num_parameters: int | None = None
+    key: str
+    greater_is_better: bool
+    at_best: bool
+
+    def of(self, run: TrainingLog) -> float:
+        """NaN where it was not logged."""
+        values = [entry[self.key] for entry in run.evaluations if isinstance(entry.get(self.key), (int, float))]
+        if not values:
+            return math.nan
+        return float((max if self.greater_is_better else min)(values) if self.at_best else values[-1])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A weight decay and the runs that had it, which differ in their seeds."""
+
+    weight_decay: float
+    runs: list[TrainingLog]
+    values: list[float]  # of the metric
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
 
 
 @dataclass(frozen=True)
 class Advice:
     """
-    What [`advise`] says of a run.
+    What [`advise`] says of runs.
 
     Args:
-        lines (`list[str]`): sentences for a person.
-        log ([`TrainingLog`]): what was read.
-        simulated (`list[float]`): effective decay of the recommended or given settings at each logged step; empty if
-            there is no weight decay to schedule.
+        lines (`list[str]`): sentences for a person; the last one is arguments for a Trainer's script.
+        metric ([`Metric`]): what runs were compared by.
+        settings (`list[Setting]`): weight decays that were tried, growing.
+        proposal ([`Proposal`], *optional*): absent where no run had an evaluation.
     """
 
     lines: list[str]
-    log: TrainingLog
-    simulated: list[float]
+    metric: Metric
+    settings: list[Setting]
+    proposal: Proposal | None
 
 
-def advise(output_dir: str | os.PathLike[str], settings: Settings | None = None) -> Advice:
+def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = None) -> Advice:
     """
-    Says of a finished run whether weight decay mattered, whether a schedule would have moved, and what to set.
+    Says of finished runs whether weight decay mattered, and which one to try next.
 
     Args:
-        output_dir (path): the `output_dir` of a Trainer, a checkpoint, or a `trainer_state.json`; of a run with AdamW
-            or with AdamS. `training_args.bin` (or `training_args.json`) and the header of the saved weights are read
-            where they are.
-        settings ([`Settings`], *optional*): what to simulate in place of the recommendation.
+        output_dirs (paths): each the `output_dir` of a Trainer, a checkpoint, or a `trainer_state.json`; of runs with
+            AdamS, AdamW or another optimizer. `training_args.bin` (or `training_args.json`) and the header of the
+            saved weights are read where they are. Runs that differ in more than weight decay and seed from most of
+            the others are named and left out.
+        metric (`str`, *optional*, defaults to that of `load_best_model_at_end`, or else `eval_loss`): key of the
+            evaluations that decides.
 
     Raises:
         FileNotFoundError: no `trainer_state.json` where it was looked for.
-        ValueError: no trainer state, or fewer than two logs with gradient norm and learning rate.
+        ValueError: no trainer state, fewer than two logs with a learning rate, or a metric that no run has.
     """
-    settings = settings or Settings()
-    log = read_training_log(Path(output_dir))
-    adams = _Adams(log, settings)
-    lines = [_head(log, adams), *_shrinkage(log), *_clipping(log)]
-    simulated: list[float] = []
-    if adams.weight_decay:
-        simulated = adams.decays()
-        lines += _movement(adams, simulated)
-    lines += _accuracy(log, _Adams(log, Settings(num_parameters=settings.num_parameters)))
-    lines += _recommendation(log, adams, simulated)
-    return Advice(lines, log, simulated)
+    runs = [read_training_log(path) for path in dict.fromkeys(map(Path, output_dirs))]
+    same, others = _alike(runs)
+    judge = _metric(same[0], metric)
+    if metric and all(math.isnan(judge.of(run)) for run in same):
+        known = sorted({key for run in same for entry in run.evaluations for key in entry if key.startswith("eval_")})
+        raise ValueError(f"metric={metric!r}: no run has it; they have {', '.join(known) or 'no evaluation'}")
+    settings = _settings(same, judge)
+    if not settings:
+        shown = same[-1]
+        why = "No weight decay can be judged: no evaluation with a known weight_decay is in the log (eval_strategy)."
+        lines = [_head(same), *others, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)]
+        return Advice(lines, judge, [], None)
+    best = (max if judge.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+    noise, source = _noise(settings)
+    proposal = _propose(settings, best, judge, noise)
+    lines = [_head(same), *others]
+    if len(same) > 1:
+        lines += [*_table(settings, judge), f"{source} Of the best, weight decay {best.weight_decay:g}:"]
+    lines += [*_fit_of(best.runs[0]), *_decay_of(best.runs[0]), *_conclusion(proposal, best, noise)]
+    chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
+    return Advice([*lines, _arguments(best.runs[0], chosen)], judge, settings, proposal)
 
 
-class _Adams:
-    """AdamS with the settings that were given, that the run had, or that are recommended for it."""
-
-    def __init__(self, log: TrainingLog, settings: Settings) -> None:
-        self.log = log
-        self.weight_decay = log.weight_decay if settings.weight_decay is None else settings.weight_decay
-        steps = settings.reference_steps
-        if steps is None and log.decays and log.optim_args.get("reference_steps", "0").isdecimal():
-            steps = int(log.optim_args.get("reference_steps", "0"))
-        self.reference_steps = _reference_steps(log) if steps is None else steps
-        self.num_parameters = log.num_parameters if settings.num_parameters is None else settings.num_parameters
-
-    @property
-    def follows_log(self) -> bool:
-        """Whether the run logged the rms that the schedule would have seen."""
-        return bool(self.log.rms) and min(self.log.rms) > 0 and (_is_unclipped(self.log) or not _clipped(self.log))
-
-    def decays(self) -> list[float]:
-        """By the gradient before clipping; empty if they are not known."""
-        if not self.follows_log:
-            return self.simulated(clipped=False)
-        return rescaled_decays(
-            self.log.steps,
-            self.log.rms,
-            weight_decay=self.weight_decay or 0.0,
-            reference_steps=self.reference_steps,
-        )
-
-    def simulated(self, *, clipped: bool) -> list[float]:
-        """From logged norms alone; empty if the paper's schedule lacks the number of parameters."""
-        if not self.weight_decay or not (self.reference_steps or self.num_parameters):
-            return []
-        return effective_decays(
-            self.log.steps,
-            self.log.norms,
-            weight_decay=self.weight_decay or 0.0,
-            reference_steps=self.reference_steps,
-            beta2=self.log.beta2,
-            max_norm=(self.log.max_grad_norm or 0.0) if clipped else 0.0,
-            num_parameters=self.num_parameters or 1,
-        )
+def _alike(runs: list[TrainingLog]) -> tuple[list[TrainingLog], list[str]]:
+    """The largest set of runs that differ in weight decay and seed at most, and what the others differ in."""
+    traits = [_traits(run) for run in runs]
+    keys = [repr(sorted(trait.items())) for trait in traits]
+    ((common, _),) = Counter(keys).most_common(1)
+    reference = traits[keys.index(common)]
+    same: list[TrainingLog] = []
+    others = []
+    by_seed: dict[tuple[Any, Any], TrainingLog] = {}
+    for run, trait, key in zip(runs, traits, keys, strict=True):
+        names = sorted(name for name in trait.keys() | reference if trait.get(name) != reference.get(name))
+        twin = by_seed.get((run.weight_decay, run.arguments.get("seed"))) if run.arguments else None
+        if key != common:
+            differences = (f"{name}={trait.get(name)}, not {reference.get(name)}" for name in names)
+            others.append(f"Left out: {run.path} ({'; '.join(differences)}).")
+        elif twin is not None:
+            others.append(
+                f"Left out: {run.path} (weight decay and seed are those of {twin.path}; if what differs is the data, "
+                "then the logs do not tell)."
+            )
+        else:
+            same.append(run)
+            by_seed[run.weight_decay, run.arguments.get("seed")] = run
+    return same, others
 
 
-def _reference_steps(log: TrainingLog) -> int:
-    """The warm-up, at least 100 steps (the first gradients are not typical); not more than a third of the run."""
-    return max(1, min(max(log.warmup_steps, 100), log.last_step // 3))
+def _traits(run: TrainingLog) -> dict[str, Any]:
+    known = {name: getattr(value, "args", value) for name, value in run.arguments.items()}
+    plain = {name: value for name, value in known.items() if not name.startswith(_IRRELEVANT)}
+    epochs = run.epochs and f"{run.epochs:.3g}"
+    return {**plain, "steps": run.last_step, "epochs": epochs, "saved parameters": run.num_parameters}
 
 
-def _head(log: TrainingLog, adams: _Adams) -> str:
-    size = f"{adams.num_parameters / 1e6:.3g} M saved parameters" if adams.num_parameters else "unknown size"
-    decay = "unknown weight_decay" if log.weight_decay is None else f"weight_decay={log.weight_decay:g}"
-    clipping = "unknown max_grad_norm" if log.max_grad_norm is None else f"max_grad_norm={log.max_grad_norm:g}"
-    text = (
-        f"{log.path}: {log.last_step} steps, {len(log.steps)} of them logged; {log.optim or 'unknown optimizer'}, "
-        f"{decay}, {clipping}, {size}."
+def _metric(run: TrainingLog, name: str | None) -> Metric:
+    at_best = run.arguments.get("load_best_model_at_end") is True
+    own = str(run.arguments.get("metric_for_best_model") or "loss") if at_best else "loss"
+    own, key = (text if text.startswith("eval_") else f"eval_{text}" for text in (own, name or own))
+    greater = run.arguments.get("greater_is_better") if at_best and key == own else None
+    return Metric(key, greater if isinstance(greater, bool) else not key.endswith(_LESS_IS_BETTER), at_best)
+
+
+def _settings(runs: Sequence[TrainingLog], metric: Metric) -> list[Setting]:
+    by_decay: dict[float, list[TrainingLog]] = defaultdict(list)
+    for run in runs:
+        if run.weight_decay is not None and math.isfinite(metric.of(run)):
+            by_decay[run.weight_decay].append(run)
+    return [Setting(decay, by_decay[decay], [*map(metric.of, by_decay[decay])]) for decay in sorted(by_decay)]
+
+
+def _noise(settings: Sequence[Setting]) -> tuple[float, str]:
+    """Standard error of a mean over seeds, pooled, and where it is from."""
+    repeated = [setting.values for setting in settings if len(setting.values) > 1]
+    if repeated:
+        freedom = sum(len(values) - 1 for values in repeated)
+        deviation = math.sqrt(sum(statistics.variance(values) * (len(values) - 1) for values in repeated) / freedom)
+        return deviation, f"Seeds differ by {deviation:.2g} (standard deviation)."
+    part = CONSTANTS.noise * abs(statistics.fmean(setting.mean for setting in settings))
+    return part, f"One seed each: differences below {part:.2g} ({100 * CONSTANTS.noise:g} %) are taken for noise."
+
+
+def _propose(settings: Sequence[Setting], best: Setting, metric: Metric, noise: float) -> Proposal:
+    sign = -1 if metric.greater_is_better else 1
+    tried = [_tried(setting, sign) for setting in settings if setting.weight_decay > 0]
+    if best.weight_decay > 0:
+        return propose(tried, noise / math.sqrt(len(best.values)))
+    overfits = (_mean(_rise(run) for run in best.runs) or 0) > CONSTANTS.rise
+    rate = sum_of_rates(best.runs[0])
+    if tried or not overfits or not rate:
+        return Proposal(None, "no weight decay is as good as any, and nothing speaks for one")
+    return Proposal(CONSTANTS.total / rate, "the model overfits, without weight decay")
+
+
+def _tried(setting: Setting, sign: int) -> Tried:
+    runs = setting.runs
+    return Tried(
+        setting.weight_decay,
+        sign * setting.mean,
+        total=_mean(map(total, runs)),
+        gap=_mean(map(_gap, runs)),
+        rise=_mean(map(_rise, runs)),
     )
-    if log.broken_from is not None:
-        text += f" From step {log.broken_from} on, logs are NaN or infinite; what follows is about the others."
-    return text
 
 
-def _shrinkage(log: TrainingLog) -> list[str]:
-    shrunk = _shrunk(log)
-    if shrunk is None:
-        return [
-            f"How much weight decay shrank the weights cannot be said: {log.optim or 'its optimizer'} is not known to "
-            "have decoupled decay, or its weight_decay is not known (training_args.bin)."
-        ]
-    if shrunk == 0:
-        return ["There was no weight decay: AdamW's usual values are 0.01 to 0.1."]
-    shrank = f"Weight decay shrank the weights by {100 * shrunk:.3g} % in all"
-    if shrunk < _MATTERS:
-        takes = (log.weight_decay or 0.0) * math.log1p(-_TARGET) / math.log1p(-shrunk)
-        return [
-            f"{shrank}: it did not matter, whatever the optimizer. {100 * _TARGET:.0f} % would take "
-            f"weight_decay={takes:.2g}, or {takes / (log.weight_decay or 1):.0f} times the steps or the learning rate."
-        ]
-    return [f"{shrank}: enough to matter."]
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
-def _shrunk(log: TrainingLog) -> float | None:
-    """By what part of themselves the weights shrank; `None` if it is not known."""
-    if not log.decays and (log.weight_decay is None or not log.is_decoupled):
+def total(run: TrainingLog) -> float | None:
+    """Learning rate times effective weight decay, summed over the run; `None` if it is not known."""
+    decays = run.column("swd/weight_decay")
+    if len(decays) != len(run.entries):
+        if run.weight_decay is None or not has_decoupled_decay(run.optim) or decays:
+            return None
+        decays = [run.weight_decay] * len(run.entries)
+    return total_decay(run.steps, run.column("learning_rate"), decays)
+
+
+def sum_of_rates(run: TrainingLog) -> float:
+    return total_decay(run.steps, run.column("learning_rate"), [1.0] * len(run.entries))
+
+
+def _eval_losses(run: TrainingLog) -> list[tuple[int, float]]:
+    losses = [(entry["step"], entry.get("eval_loss")) for entry in run.evaluations]
+    return [(step, loss) for step, loss in losses if isinstance(loss, (int, float)) and math.isfinite(loss)]
+
+
+def _last_loss(run: TrainingLog) -> float | None:
+    """Mean of the last logs, since that of one log is mostly noise."""
+    losses = run.column("loss")
+    return statistics.fmean(losses[-max(1, min(5, len(losses) // 10)) :]) if losses else None
+
+
+def _gap(run: TrainingLog) -> float | None:
+    """A model that saw no sample twice cannot have learnt them by heart."""
+    losses, loss = _eval_losses(run), _last_loss(run)
+    if not losses or losses[-1][1] <= 0 or loss is None or (run.epochs is not None and run.epochs <= 1):
         return None
-    decays = log.decays or [log.weight_decay or 0.0] * len(log.steps)
-    return -math.expm1(-total_decay(log.steps, log.rates, decays))
+    return 1 - loss / losses[-1][1]
 
 
-def _clipped(log: TrainingLog) -> int:
-    return sum(norm > log.max_grad_norm for norm in log.norms) if log.max_grad_norm else 0
+def _rise(run: TrainingLog) -> float | None:
+    losses = [loss for _, loss in _eval_losses(run)]
+    return 1 - min(losses) / losses[-1] if len(losses) > 1 and losses[-1] > 0 else None
 
 
-def _is_unclipped(log: TrainingLog) -> bool:
-    """Whether the run's schedule followed the gradient before clipping."""
-    return log.optim_args.get("unclipped_norm", "false").lower() in ("true", "1", "yes")
+# --- what is said ---
 
 
-def _clipping(log: TrainingLog) -> list[str]:
-    if log.max_grad_norm is None:
-        return [f"Whether steps were clipped is not known; the largest logged norm is {max(log.norms):.3g}."]
-    if log.max_grad_norm == 0:
-        return ["Nothing was clipped."]
-    clipped = _clipped(log)
-    text = f"{clipped} of {len(log.norms)} logged steps were clipped to {log.max_grad_norm:g}"
-    if clipped < _ALL * len(log.norms):
-        return [f"{text}: a schedule by the clipped gradient can move."]
-    few = sorted(log.norms)[math.ceil(0.95 * len(log.norms)) - 1]
-    return [
-        f"{text}: a schedule by the clipped gradient would be constant. max_grad_norm={_up(few):g} would clip 5 % of "
-        f"them, {_up(max(log.norms)):g} none; unclipped_norm=true schedules by the norm before clipping."
+def _head(runs: Sequence[TrainingLog]) -> str:
+    first = runs[0]
+    facts = [f"{first.last_step} steps", first.optim or "unknown optimizer"]
+    if first.epochs is not None:
+        facts.insert(1, f"{first.epochs:.3g} passes over the training data")
+    if first.num_parameters:
+        facts.append(f"{first.num_parameters / 1e6:.3g} M saved parameters")
+    if len(runs) == 1:
+        decay = "unknown weight_decay" if first.weight_decay is None else f"weight_decay={first.weight_decay:g}"
+        facts.append(decay)
+    name = str(first.path) if len(runs) == 1 else f"{len(runs)} runs that differ in weight decay and seed at most"
+    broken = [
+        f" {run.path}: logs from step {run.broken_from} on are NaN or infinite." for run in runs if run.broken_from
     ]
+    return f"{name}: {', '.join(facts)}.{''.join(broken)}"
 
 
-def _up(value: float) -> float:
-    """The next number with two digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.ceil(value / unit) * unit:.2g}")
-
-
-def _movement(adams: _Adams, decays: Sequence[float]) -> list[str]:
-    if not decays:
-        return [
-            "The paper's schedule (reference_steps=0) cannot be simulated without the number of parameters: no saved "
-            "weights were found, give --num_parameters."
-        ]
-    source = "from the gradient rms that the run logged" if adams.follows_log else "simulated from logged norms alone"
-    what = f"AdamS with weight_decay={adams.weight_decay:g} and reference_steps={adams.reference_steps}"
-    return [
-        f"{what}, by the gradient before clipping: an effective decay of {min(decays):.3g} to {max(decays):.3g}, "
-        f"{_mean_decay(adams.log, decays):.3g} in the mean, {decays[-1]:.3g} at the end ({source})."
+def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:
+    where = "at its best, as load_best_model_at_end takes it" if metric.at_best else "at the end"
+    better = "more" if metric.greater_is_better else "less"
+    lines = [
+        f"Compared by {metric.key} {where}; {better} is better.",
+        f"| weight decay | mean effective decay | seeds | {metric.key}, last | best | training loss |",
+        "|---:|---:|---:|---:|---:|---:|",
     ]
+    last = Metric(metric.key, metric.greater_is_better, at_best=False)
+    best = Metric(metric.key, metric.greater_is_better, at_best=True)
+    for setting in settings:
+        runs = setting.runs
+        means = [_mean(mean_decay(run) for run in runs), *(_mean(map(m.of, runs)) for m in (last, best))]
+        cells = ["" if mean is None else f"{mean:.4g}" for mean in (*means, _mean(map(_last_loss, runs)))]
+        lines.append(f"| {setting.weight_decay:g} | {cells[0]} | {len(runs)} | {' | '.join(cells[1:])} |")
+    return lines
 
 
-def _mean_decay(log: TrainingLog, decays: Sequence[float]) -> float:
+def mean_decay(run: TrainingLog) -> float | None:
     """Weighted by the learning rate: the constant decay that would shrink the weights as much."""
-    rates = total_decay(log.steps, log.rates, [1.0] * len(log.steps))
-    return total_decay(log.steps, log.rates, decays) / rates if rates else statistics.fmean(decays)
+    whole, rates = total(run), sum_of_rates(run)
+    return whole / rates if whole is not None and rates else None
 
 
-def _accuracy(log: TrainingLog, adams: _Adams) -> list[str]:
-    """How far the simulation of AdamS as it was in the run is from what the run logged."""
-    simulated = adams.simulated(clipped=not _is_unclipped(log)) if log.decays else []
-    if not simulated:
+def _fit_of(run: TrainingLog) -> list[str]:
+    losses, rise, gap, loss = _eval_losses(run), _rise(run), _gap(run), _last_loss(run)
+    if not losses:
+        return ["Whether it overfits is not known: eval_loss was not logged (eval_strategy)."]
+    lines = []
+    if rise is None:
+        lines.append("Whether its evaluation loss rises is not known: one evaluation (eval_strategy, eval_steps).")
+    elif rise > CONSTANTS.rise:
+        step, least = min(losses, key=lambda one: one[1])
+        trained = [one["loss"] for one in run.entries if "loss" in one and one["step"] <= step]
+        went = f", while the training loss went from {trained[-1]:.4g} to {loss:.4g}" if trained and loss else ""
+        lines.append(
+            f"It overfits: the evaluation loss was lowest at step {step} ({least:.4g}), and has risen to "
+            f"{losses[-1][1]:.4g} since{went}."
+        )
+    else:
+        lines.append(f"The evaluation loss fell to the end ({losses[-1][1]:.4g}), or nearly.")
+    if gap is not None:
+        lines.append(
+            f"The training loss ends {100 * gap:.0f} % below it; at the best weight decay of other tasks that was "
+            f"about {100 * CONSTANTS.gap:.0f} %."
+        )
+    elif run.epochs is not None and run.epochs <= 1:
+        lines.append("No sample was seen twice, so there is little that it could have learnt by heart.")
+    return lines
+
+
+def _decay_of(run: TrainingLog) -> list[str]:
+    whole = total(run)
+    decays = run.column("swd/weight_decay")
+    lines = []
+    if whole is None:
+        lines.append(
+            f"What part of the weights decay took cannot be said: {run.optim or 'its optimizer'} is not known to have "
+            "decoupled decay, or its weight_decay is not known (training_args.bin)."
+        )
+    elif whole == 0:
+        lines.append("There was no weight decay.")
+    else:
+        matters = "" if whole >= CONSTANTS.matters else ", too little to matter in any task that was measured"
+        lines.append(f"Decay took {100 * -math.expm1(-whole):.3g} % of the weights in all{matters}.")
+    if decays:
+        lines.append(f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}, {mean_decay(run):.3g} in the mean.")
+    lines += _rounding_of(run)
+    norms, limit = run.column("grad_norm"), run.max_grad_norm
+    clipped = sum(norm > limit for norm in norms) if limit else 0
+    if norms and clipped >= _ALL * len(norms):
+        lines.append(
+            f"{clipped} of {len(norms)} logged steps were clipped to {limit:g}, so a schedule by the clipped gradient "
+            "is constant. AdamS has the option unclipped_norm, which was no better in any task that was measured."
+        )
+    return lines
+
+
+def _rounding_of(run: TrainingLog) -> list[str]:
+    """What is lost where update and decay together, about the learning rate, are below half the distance of two
+    numbers; DeepSpeed's masters are in float32, whatever is saved."""
+    dtype = max(run.dtypes, key=lambda name: run.dtypes[name], default="")
+    rate = max(run.column("learning_rate"))
+    if dtype not in _DIGITS or not run.weight_decay or not rate or run.arguments.get("deepspeed"):
         return []
-    errors = [abs(ours / theirs - 1) for ours, theirs in zip(simulated, log.decays, strict=True) if theirs > 0]
-    if not errors:
+    still = 2.0 ** math.ceil(math.log2(rate) + _DIGITS[dtype])
+    if still >= 1:
         return []
     return [
-        "This run logged its effective decay. The simulation, which knows the logged norms only, differs from it by "
-        f"{100 * statistics.median(errors):.2g} % (median), {100 * max(errors):.2g} % at most."
+        f"Its weights were saved in {dtype}. If trained in it, those above {still:.2g} did not move, since a "
+        f"step of {rate:g}, the learning rate, is less than half the distance to the next number there: all of their "
+        'decay was lost. Load the model in float32 (dtype="float32") and train with bf16=True.'
     ]
 
 
-def _recommendation(log: TrainingLog, adams: _Adams, simulated: Sequence[float]) -> list[str]:
-    if not adams.weight_decay:
-        return ["Recommended: a weight decay first; then ask again with --weight_decay."]
-    options = _kept_options(log)
-    if adams.reference_steps:
-        options["reference_steps"] = str(adams.reference_steps)
-    if log.max_grad_norm and _clipped(log) >= _ALL * len(log.norms):
-        options["unclipped_norm"] = "true"
-    arguments = f"--optim adams --weight_decay {adams.weight_decay:g}"
-    if options:
-        arguments += f" --optim_args {','.join(f'{key}={value}' for key, value in options.items())}"
-    shrunk = _shrunk(log)
-    if shrunk is not None and shrunk < _MATTERS:
-        why = "costs nothing, and will change nothing: the decay is too weak here, with any optimizer"
-    elif simulated and max(simulated) < (1 + _MOVES) * min(simulated):
-        why = f"the decay would move by less than {100 * _MOVES:.0f} %: expect AdamW's result"
-    elif not simulated:
-        why = "whether its decay would move is not known"
-    else:
-        mean = _mean_decay(log, simulated)
-        why = f"the decay matters and would move, so try it beside AdamW at the same mean decay, {mean:.2g}"
-    return [f"Recommended: {arguments} ({why})."]
+def _conclusion(proposal: Proposal, best: Setting, noise: float) -> list[str]:
+    lines = []
+    if proposal.optimum is not None and proposal.gain is not None:
+        lines.append(
+            f"A parabola through it and its neighbours has its optimum at {proposal.optimum:.3g}, better by "
+            f"{proposal.gain:.2g}; the noise is {noise / math.sqrt(len(best.values)):.2g}."
+        )
+    if proposal.weight_decay is None:
+        return [*lines, f"Stop here, at {best.weight_decay:g}: {proposal.reason}."]
+    return [*lines, f"Next: {proposal.weight_decay:g}, because {proposal.reason}."]
 
 
-def _kept_options(log: TrainingLog) -> dict[str, str]:
-    """What the recommendation leaves as it is: the optimizer below the schedule, and options of that."""
-    kept = {key: value for key, value in log.optim_args.items() if key not in ("reference_steps", "unclipped_norm")}
-    if log.optim == "adams":
-        return kept
-    if not log.is_decoupled or log.optim in _AS_ADAMS:
-        return {}
-    return {"base": log.optim, **kept}
-
-
-def draw_advice(advice: Sequence[Advice], output: str | os.PathLike[str]) -> Path:
-    """
-    Draws the gradient norm of runs, and the effective decay that is simulated for each beside the one that it had.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: unknown image format.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    figure = Figure(figsize=(10, 3.5 + 0.19 * len(advice)), layout="constrained")
-    norms, decays = figure.subplots(1, 2)
-    for index, one in enumerate(advice):
-        log, colour = one.log, COLOURS[index % len(COLOURS)]
-        norms.plot(log.steps, log.norms, color=colour)
-        if log.max_grad_norm:
-            norms.axhline(log.max_grad_norm, color=colour, linestyle=":", linewidth=1)
-        had = log.decays or [log.weight_decay or 0.0] * len(log.steps)
-        decays.plot(log.steps, had, color=colour, linestyle="--")
-        if one.simulated:
-            decays.plot(log.steps, one.simulated, color=colour)
-    norms.set(title="gradient norm", ylabel="L2 norm before clipping", yscale="log")
-    norms.legend([Line2D([], [], color="0.3", linestyle=":")], ["max_grad_norm"], frameon=False)
-    decays.set(title="effective weight decay", ylabel="decay per step and unit learning rate")
-    styles = [Line2D([], [], color="0.3", linestyle=style) for style in ("--", "-")]
-    decays.legend(styles, ["in the run", "of AdamS, simulated"], frameon=False)
-    for axes in (norms, decays):
-        dress(axes)
-    lines = [Line2D([], [], color=COLOURS[index % len(COLOURS)]) for index in range(len(advice))]
-    figure.legend(lines, [str(one.log.path) for one in advice], loc="outside lower center", frameon=False)
-    return save_figure(figure, Path(output))
+def _arguments(run: TrainingLog, weight_decay: float | None) -> str:
+    """The run's own optimizer, with this weight decay."""
+    options = ",".join(f"{key}={value}" for key, value in run.optim_args.items())
+    parts = [f"--optim {run.optim}"] if run.optim else []
+    parts += [f"--weight_decay {weight_decay:g}"] if weight_decay is not None else []
+    parts += [f"--optim_args {options}"] if options else []
+    return " ".join(parts)

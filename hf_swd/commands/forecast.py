@@ -1,82 +1,168 @@
-"""What a schedule would have done in a run, from what the run logged. Plain arithmetic, without torch."""
+"""Which weight decay to try next, from the results of those that were tried. Plain arithmetic, without torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def effective_decays(
-    steps: Sequence[int],
-    norms: Sequence[float],
-    *,
-    weight_decay: float,
-    reference_steps: int,
-    beta2: float = 0.999,
-    max_norm: float = 0.0,
-    num_parameters: float = 1.0,
-) -> list[float]:
+@dataclass(frozen=True)
+class Constants:
     """
-    Effective weight decay of AdamS at logged steps, by its recurrence over all steps. Squared gradient norms between
-    two logs are taken to be on the straight line between them (before the first log: its own), which is right in the
-    mean; where norms differ much from step to step, a log of few of them tells the moment only roughly.
+    What the search takes from finished grids (`examples/comparisons/follow_advice.py` computes the first three anew).
 
     Args:
-        steps (`Sequence[int]`): optimizer steps that were logged, increasing, the first at least 1.
-        norms (`Sequence[float]`): norm of the gradient at each, before clipping; positive and finite.
-        weight_decay (`float`): lambda.
-        reference_steps (`int`): K of the calibration; 0 for the paper's schedule, which needs `num_parameters`.
-        beta2 (`float`, defaults to 0.999): decay rate of the second moment.
-        max_norm (`float`, defaults to 0): norm that the schedule sees at most; 0 for the one before clipping.
-        num_parameters (`float`, defaults to 1): number of trained scalars.
-
-    Returns:
-        `list[float]`: one for each of `steps`.
+        gap: of the evaluation loss, the part by which the training loss is below it at the best weight decay.
+        slope: by how much that part falls when weight decay grows by the factor e, near the best.
+        total: the least sum of learning rate times decay that was best where a model overfitted.
+        rise: part of the evaluation loss; when it has risen by more above its best, the decay was too weak.
+        noise: part of the metric by which seeds differ, where runs do not tell.
+        matters: sum of learning rate times decay below which no table shows a difference.
     """
-    limit = max_norm or math.inf
-    squares = [min(norm, limit) ** 2 for norm in norms]
-    moment, correction, reference = 0.0, 1.0, math.nan
-    result = []
-    before, last = squares[0], 0
-    for step, square in zip(steps, squares, strict=True):
-        for t in range(last + 1, step + 1):
-            seen = before + (square - before) * (t - last) / (step - last)
-            moment = beta2 * moment + (1 - beta2) * seen
-            correction *= beta2
-            if t == reference_steps:
-                reference = math.sqrt(moment / (1 - correction))
-        rms = math.sqrt(moment / (1 - correction))
-        if reference_steps:
-            result.append(weight_decay if step <= reference_steps else weight_decay * reference / rms)
-        else:
-            result.append(weight_decay * math.sqrt(num_parameters) / rms)
-        before, last = square, step
-    return result
+
+    gap: float = 0.36
+    slope: float = 0.2
+    total: float = 1.8
+    rise: float = 0.004
+    noise: float = 0.005
+    matters: float = 0.1
 
 
-def rescaled_decays(
-    steps: Sequence[int], rms: Sequence[float], *, weight_decay: float, reference_steps: int
-) -> list[float]:
+CONSTANTS = Constants()
+_LEAST, _MOST = 2.0, 10.0  # factors of a step into the unknown
+_SAME = 1.2  # weight decays no further apart are one
+_WIDE = 4.0  # and those further apart have room between them
+
+
+@dataclass(frozen=True)
+class Tried:
     """
-    Effective weight decay of AdamS at logged steps, from the gradient rms of another AdamS there: exact but for the
-    rms of step `reference_steps`, whose square is taken from the straight line between the logs around it.
+    A weight decay that was tried; means over its seeds.
 
     Args:
-        steps (`Sequence[int]`): optimizer steps that were logged, increasing.
-        rms (`Sequence[float]`): `swd/grad_rms` at each, positive.
-        weight_decay, reference_steps: see [`effective_decays`].
+        weight_decay: positive.
+        loss: what is minimised: a metric of which more is better has its sign changed.
+        total: sum of learning rate times effective decay over the run; `None` if it is not known.
+        gap: (evaluation loss - training loss) / evaluation loss at the end; `None` if it is not known.
+        rise: (evaluation loss at the end - its minimum) / evaluation loss at the end; `None` if it is not known.
     """
-    if not reference_steps:
-        return [weight_decay / value for value in rms]
-    reference = rms[0]
-    for i in range(1, len(steps)):
-        if steps[i - 1] < reference_steps:
-            part = min(1.0, (reference_steps - steps[i - 1]) / (steps[i] - steps[i - 1]))
-            reference = math.sqrt(rms[i - 1] ** 2 + part * (rms[i] ** 2 - rms[i - 1] ** 2))
-    return [
-        weight_decay if step <= reference_steps else weight_decay * reference / value
-        for step, value in zip(steps, rms, strict=True)
-    ]
+
+    weight_decay: float
+    loss: float
+    total: float | None = None
+    gap: float | None = None
+    rise: float | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """
+    Args:
+        weight_decay: the next to try; `None` for the best that was.
+        reason: why.
+        optimum: of the parabola, where there is one.
+        gain: what the parabola promises at its optimum.
+    """
+
+    weight_decay: float | None
+    reason: str
+    optimum: float | None = None
+    gain: float | None = None
+
+
+def propose(tried: Sequence[Tried], noise: float | None = None, constants: Constants = CONSTANTS) -> Proposal:
+    """
+    The next weight decay (two digits), for a metric that has one minimum over the logarithm of weight decay.
+
+    Args:
+        tried: distinct weight decays, at least one.
+        noise (*optional*): standard error of a loss; by default a part of the best one.
+    """
+    tried = sorted(tried, key=lambda one: one.weight_decay)
+    best = min(tried, key=lambda one: one.loss)
+    place = tried.index(best)
+    below, above = tried[:place][-1:], tried[place + 1 :][:1]
+    noise = constants.noise * abs(best.loss) if noise is None else noise
+    if below and above:
+        return _between(below[0], best, above[0], noise, constants)
+    if above:
+        return _weakest(best, above[0], noise, constants)
+    if below:
+        return _strongest(below[0], best, noise, constants)
+    return _single(best, constants)
+
+
+def _single(run: Tried, constants: Constants) -> Proposal:
+    is_weak = run.total is not None and run.total < constants.total
+    has_gap = run.gap is not None and run.gap > constants.gap - constants.slope / 4
+    if _overfits(run, constants) or (is_weak and has_gap):
+        least = run.weight_decay * constants.total / run.total if run.total else 0.0
+        decay = max(run.weight_decay * _factor(run, constants, _LEAST, _MOST), least)
+        return Proposal(_rounded(decay), "the training loss is far below the evaluation loss, and decay was weak")
+    if is_weak or run.total is None:
+        return Proposal(None, "nothing speaks for another weight decay")
+    decay = run.weight_decay * _factor(run, constants, 1 / _MOST, 1 / _LEAST)
+    return Proposal(_rounded(decay), "decay took most of the weights, and the model does not overfit")
+
+
+def _strongest(below: Tried, best: Tried, noise: float, constants: Constants) -> Proposal:
+    overfits = _overfits(best, constants)
+    if below.loss - best.loss < noise and not overfits:
+        return Proposal(None, f"{below.weight_decay:.3g} made no difference")
+    factor = _factor(best, constants, 0, _MOST)
+    if overfits or factor > 1 / _LEAST:
+        return Proposal(_rounded(best.weight_decay * max(factor, _LEAST)), "the strongest decay so far was the best")
+    decay = max(best.weight_decay * factor, math.sqrt(below.weight_decay * best.weight_decay))
+    return Proposal(_rounded(decay), "it was the best, and so strong that the model hardly fits its training data")
+
+
+def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
+    if best.total is None or best.total > constants.matters:
+        if above.loss - best.loss < noise:
+            return Proposal(None, f"{above.weight_decay:.3g} made no difference")
+        decay = best.weight_decay * _factor(best, constants, 1 / _MOST, 1 / _LEAST)
+        return Proposal(_rounded(decay), "the weakest decay so far was the best")
+    if above.weight_decay <= _WIDE * best.weight_decay:
+        return Proposal(None, "weaker is as good as none, and stronger was no better")
+    decay = math.sqrt(best.weight_decay * above.weight_decay)
+    return Proposal(_rounded(decay), "the weakest was the best, with room up to the next")
+
+
+def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
+    optimum, gain = parabola(below, best, above)
+    room = above.weight_decay / best.weight_decay
+    if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _SAME**2:
+        decay = best.weight_decay * _factor(best, constants, _SAME, math.sqrt(room))
+        return Proposal(_rounded(decay), "the best so far still overfits", optimum, gain)
+    if gain < noise or 1 / _SAME < optimum / best.weight_decay < _SAME:
+        return Proposal(None, "no more than that is to be gained", optimum, gain)
+    return Proposal(_rounded(optimum), "it is that optimum", optimum, gain)
+
+
+def _overfits(run: Tried, constants: Constants) -> bool:
+    return run.rise is not None and run.rise > constants.rise
+
+
+def _factor(run: Tried, constants: Constants, least: float, most: float) -> float:
+    """By what weight decay would have to grow for the usual gap, within bounds: it is right within a factor of two."""
+    factor = 1.0 if run.gap is None else math.exp((run.gap - constants.gap) / constants.slope)
+    return min(max(factor, least), most)
+
+
+def _rounded(decay: float) -> float:
+    return float(f"{decay:.2g}")
+
+
+def parabola(left: Tried, middle: Tried, right: Tried) -> tuple[float, float]:
+    """Weight decay at the vertex of the parabola over its logarithm, and by how much the loss is lower there than in
+    the middle, which is the lowest of the three."""
+    a, b = (math.log(one.weight_decay / middle.weight_decay) for one in (left, right))
+    curvature = ((right.loss - middle.loss) / b - (left.loss - middle.loss) / a) / (b - a)
+    slope = (right.loss - middle.loss) / b - curvature * b
+    if curvature <= 0:  # all three are equal
+        return middle.weight_decay, 0.0
+    return middle.weight_decay * math.exp(-slope / (2 * curvature)), slope**2 / (4 * curvature)
 
 
 def total_decay(steps: Sequence[int], rates: Sequence[float], decays: Sequence[float]) -> float:

@@ -56,26 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(target[0], target[1:], module)
     args = parser.parse_args(argv)
     try:
-        if args.command == "plot":
+        if args.command == "advise":
+            from .advise import advise
+
+            print("\n".join(advise(args.output_dirs, args.metric).lines))
+        elif args.against == "weight_decay":
+            from .plot_decay import plot_against_decay
+
+            print(plot_against_decay(args.output_dirs, args.output, args.metric))
+        else:
             from .plot import plot_runs
 
             print(plot_runs(args.output_dirs, args.output))
-        else:
-            _advise(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"hf-swd {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _advise(args: argparse.Namespace) -> None:
-    from .advise import Settings, advise, draw_advice
-
-    settings = Settings(args.weight_decay, args.reference_steps, args.num_parameters)
-    advice = [advise(output_dir, settings) for output_dir in args.output_dirs]
-    print("\n\n".join("\n".join(one.lines) for one in advice))
-    if args.plot is not None:
-        print(draw_advice(advice, args.plot))
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -101,26 +97,26 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     advise = commands.add_parser(
         "advise",
-        help="say of a finished run whether weight decay and its schedule matter, and what to set",
-        description="Says of each OUTPUT_DIR, with AdamW or AdamS: by how much weight decay shrank the weights, how "
-        "many steps were clipped, how the effective decay of AdamS would have moved, and what to set.",
+        help="say which weight decay to try next, from one or several finished runs",
+        description="Says of finished runs, with AdamS, AdamW or another optimizer, whether weight decay mattered and "
+        "which to try next. Runs that differ in weight decay and seed are compared with each other. The last line is "
+        "arguments for the next run.",
     )
     for command in (plot, advise):
         command.add_argument(
             "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a trainer_state.json"
         )
-    advise.add_argument("--weight_decay", type=_at_least_zero(float), help="simulate this one (default: the run's)")
-    advise.add_argument(
-        "--reference_steps",
-        type=_at_least_zero(int),
-        help="simulate this one; 0 is the paper's schedule (default: AdamS's own; for others the warm-up, or 100)",
+        command.add_argument(
+            "--metric",
+            metavar="NAME",
+            help="key of the evaluations that decides (default: that of load_best_model_at_end, or else eval_loss)",
+        )
+    plot.add_argument(
+        "--against",
+        choices=("step", "weight_decay"),
+        default="step",
+        help="weight_decay: the metric at the end of each run, with the weight decay to try next (default: step)",
     )
-    advise.add_argument(
-        "--num_parameters",
-        type=_at_least_zero(int),
-        help="trained scalars, for reference_steps=0 (default: those of the saved weights)",
-    )
-    advise.add_argument("--plot", metavar="FILE", help="draw norms and decays; needs matplotlib")
     plot.add_argument(
         "-o",
         "--output",
@@ -129,16 +125,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         ".pdf, .svg (default: swd_plot.png in the first OUTPUT_DIR)",
     )
     return parser, run
-
-
-def _at_least_zero(number: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = number(text)
-        if not 0 <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0")
-        return value
-
-    return parse
 
 
 def _run(target: str, arguments: list[str], is_module: bool) -> int:

@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 
 STATE = "trainer_state.json"
-_SCHEDULE = ("swd/weight_decay", "swd/grad_rms")
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 # Parts of the names of the Trainer's optimizers that shrink the weights by learning rate times weight decay.
 _DECOUPLED = ("adamw", "adams", "lion", "ademamix", "adafactor")
@@ -24,42 +24,50 @@ _DECOUPLED = ("adamw", "adams", "lion", "ademamix", "adafactor")
 @dataclass(frozen=True)
 class TrainingLog:
     """
-    Logs that have gradient norm and learning rate, and the arguments of the training.
+    What a run logged, and the arguments of the training.
 
     Args:
-        path: folder of the run.
-        steps, norms, rates: optimizer step, norm of the gradient before clipping, learning rate of each finite log.
-        decays, rms: effective decay and gradient rms of each, of a run with a schedule; else empty.
+        path: as it was named.
+        entries: finite logs of training steps with a learning rate, their steps growing.
+        evaluations: the first log of each step with a number of the evaluation.
         last_step: the last step that was logged.
-        broken_from: step of the first log that is NaN or infinite.
+        broken_from: step of the first log of training that is NaN or infinite.
+        arguments: of the Trainer; empty if they are not known.
         optim: name of the optimizer; empty if it is not known.
         optim_args: the parts of `optim_args`.
-        weight_decay: `None` if it is not known.
-        max_grad_norm: 0 for no clipping; `None` if it is not known.
-        beta2: of the schedule, if the run had one of its own; else Adam's.
-        warmup_steps: 0 for none.
-        num_parameters: scalars in the saved weights (of adapters if there are any); `None` without saved weights.
+        weight_decay, max_grad_norm: `None` if they are not known.
+        dtypes: number of floating-point scalars of each dtype in the saved weights (of adapters if there are any).
     """
 
     path: Path
-    steps: list[int]
-    norms: list[float]
-    rates: list[float]
-    decays: list[float]
-    rms: list[float]
+    entries: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     last_step: int
     broken_from: int | None
+    arguments: dict[str, Any]
     optim: str
     optim_args: dict[str, str]
     weight_decay: float | None
     max_grad_norm: float | None
-    beta2: float
-    warmup_steps: int
-    num_parameters: int | None
+    dtypes: dict[str, int]
 
     @property
-    def is_decoupled(self) -> bool:
-        return has_decoupled_decay(self.optim)
+    def steps(self) -> list[int]:
+        return self.column("step")
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the training data."""
+        epochs: list[float] = self.column("epoch")
+        return epochs[-1] if epochs else None
+
+    @property
+    def num_parameters(self) -> int:
+        """0 without saved weights."""
+        return sum(self.dtypes.values())
+
+    def column(self, key: str) -> list[Any]:
+        return [entry[key] for entry in self.entries if key in entry]
 
 
 def read_training_log(output_dir: Path) -> TrainingLog:
@@ -69,41 +77,34 @@ def read_training_log(output_dir: Path) -> TrainingLog:
 
     Raises:
         FileNotFoundError: no `trainer_state.json`.
-        ValueError: it is none, or has fewer than two logs with gradient norm and learning rate.
+        ValueError: it is none, or has fewer than two logs with a learning rate.
     """
     state = find_state(output_dir)
     folders = run_folders(state)
-    entries = _entries(state)
-    finite = [entry for entry in entries if all(map(math.isfinite, _numbers(entry))) and entry["grad_norm"] > 0]
-    broken = [entry["step"] for entry in entries if not all(map(math.isfinite, _numbers(entry)))]
-    if len(finite) < 2:
+    history = read_history(state)
+    logs = _growing(entry for entry in history if _is_number(entry.get("learning_rate")))
+    entries = [entry for entry in logs if all(math.isfinite(v) for v in entry.values() if _is_number(v))]
+    if len(entries) < 2:
         raise ValueError(
-            f"{state}: {len(finite)} of its logs have a grad_norm above 0 and a learning_rate, both finite, and 2 are "
-            "the least. Train with logging_steps below the number of optimizer steps (the Trainer's default is 500); "
-            "transformers before 5.3 logs grad_norm only with max_grad_norm above 0"
+            f"{state}: {len(entries)} of its logs are finite and have a learning_rate, and 2 are the least. Train "
+            "with logging_steps below the number of optimizer steps (the Trainer's default is 500)"
         )
+    broken = [entry["step"] for entry in logs if entry not in entries]
     arguments = read_arguments(folders)
-    scheduled = all(key in entry for entry in finite for key in _SCHEDULE)
     parts = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
-    optim_args = {key: value for key, equals, value in parts if equals}
-    warmup = read_number(arguments, "warmup_steps") or read_number(arguments, "warmup_ratio") or 0.0
-    last_step = entries[-1]["step"]
+    scheduled = "swd/weight_decay" in entries[-1]
     return TrainingLog(
-        path=folders[-1],
-        steps=[entry["step"] for entry in finite],
-        norms=[float(entry["grad_norm"]) for entry in finite],
-        rates=[float(entry["learning_rate"]) for entry in finite],
-        decays=[float(entry["swd/weight_decay"]) for entry in finite] if scheduled else [],
-        rms=[float(entry["swd/grad_rms"]) for entry in finite] if scheduled else [],
-        last_step=last_step,
+        path=output_dir,
+        entries=entries,
+        evaluations=_growing(entry for entry in history if any(key.startswith("eval_") for key in entry)),
+        last_step=logs[-1]["step"],
         broken_from=next(iter(broken), None),
+        arguments=arguments,
         optim="adams" if scheduled and not arguments else str(arguments.get("optim", "")),
-        optim_args=optim_args,
+        optim_args={key: value for key, equals, value in parts if equals},
         weight_decay=read_number(arguments, "weight_decay"),
         max_grad_norm=read_number(arguments, "max_grad_norm"),
-        beta2=_beta2(optim_args) or read_number(arguments, "adam_beta2") or 0.999,
-        warmup_steps=math.ceil(warmup * last_step) if warmup < 1 else int(warmup),
-        num_parameters=count_saved_parameters(folders),
+        dtypes=read_dtypes(folders),
     )
 
 
@@ -177,51 +178,43 @@ def has_decoupled_decay(optim: str) -> bool:
     return any(part in optim for part in _DECOUPLED)
 
 
-def _beta2(optim_args: dict[str, str]) -> float | None:
-    try:
-        beta2 = float(optim_args["schedule_beta2"])
-    except (KeyError, ValueError):
-        return None
-    return beta2 if 0 <= beta2 < 1 else None
-
-
-def count_saved_parameters(folders: Iterable[Path]) -> int | None:
-    """Number of floating-point scalars in saved weights, adapters before models, by the headers of their files."""
+def read_dtypes(folders: Iterable[Path]) -> dict[str, int]:
+    """Number of scalars of each floating-point dtype ("F32", "BF16") in saved weights, adapters before models, by the
+    headers of their files; empty without saved weights."""
     for folder in folders:
         for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
             try:
                 files = [name]
                 if name.endswith(".json"):
                     files = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
-                return sum(_count(folder / file) for file in files)
+                counts: Counter[str] = Counter()
+                for file in files:
+                    for tensor in _read_header(folder / file):
+                        counts[tensor["dtype"]] += math.prod(tensor["shape"])
+                return {dtype: count for dtype, count in counts.items() if "F" in dtype}
             except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
                 continue
-    return None
+    return {}
 
 
-def _count(file: Path) -> int:
+def _read_header(file: Path) -> list[dict[str, Any]]:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         if length > _LARGEST_HEADER:
             raise ValueError(f"{file}: not a safetensors file")
         header = json.loads(opened.read(length))
-    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-    return sum(math.prod(tensor["shape"]) for tensor in tensors if "F" in tensor["dtype"])
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
 
 
-def _entries(state: Path) -> list[dict[str, Any]]:
-    """Logs of training steps, with `step` a whole number that grows."""
+def _growing(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose `step`, a whole number, is above that of all before: a model that is evaluated again at the end has
+    two entries there."""
     result: list[dict[str, Any]] = []
-    for entry in read_history(state):
+    for entry in entries:
         step = int(entry["step"]) if math.isfinite(entry["step"]) else 0
-        if all(map(_is_number, _numbers(entry))) and step > (result[-1]["step"] if result else 0):
+        if step > (result[-1]["step"] if result else 0):
             result.append({**entry, "step": step})
     return result
-
-
-def _numbers(entry: dict[str, Any]) -> list[Any]:
-    needed = [entry.get("grad_norm"), entry.get("learning_rate")]
-    return [*needed, *(entry[key] for key in _SCHEDULE if key in entry)]
 
 
 def _is_number(value: Any) -> bool:

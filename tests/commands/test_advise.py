@@ -1,4 +1,4 @@
-"""hf-swd advise: what it says of real runs is what they did, and of a log that cannot tell, why not."""
+"""hf-swd advise: from what runs did it tells the weight decay to try next, and of a log that cannot tell, why not."""
 
 from __future__ import annotations
 
@@ -7,217 +7,281 @@ import math
 import re
 
 import pytest
+import torch
 from hf_utils import arguments, sentences, tiny_bert
+from safetensors.torch import save_file
 from transformers import Trainer
 
 import hf_swd  # noqa: F401 - registers optim="adams"
-from hf_swd.commands.advise import Settings, advise
-from hf_swd.commands.forecast import effective_decays, total_decay
+from hf_swd.commands.advise import advise, total
+from hf_swd.commands.forecast import Tried, parabola, propose
 from hf_swd.commands.launch import main
+from hf_swd.commands.run_log import read_training_log
 
 
 STEPS = 24
-NO_CLIPPING = 1e9  # with 0, transformers before 5.3 logs no norm
+ADAMW = {"optim": "adamw_torch_fused", "max_grad_norm": 0.0, "seed": 0}
 
 
 def train(folder, **changes):
-    """A run that logs every step; its folder."""
-    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS, "weight_decay": 0.2, **changes}
-    Trainer(tiny_bert(), arguments(folder, **settings), train_dataset=sentences()).train()
+    """A run that logs every step and evaluates every eighth; its folder."""
+    settings = {
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": STEPS,
+        "eval_strategy": "steps",
+        "eval_steps": 8,
+        "weight_decay": 0.2,
+        **changes,
+    }
+    data = sentences()
+    Trainer(tiny_bert(), arguments(folder, **settings), train_dataset=data, eval_dataset=data[:8]).train()
     return folder
 
 
-def said(folder, settings=None) -> str:
-    return "\n".join(advise(folder, settings).lines)
-
-
-def logs_of(folder):
-    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    return [entry for entry in state["log_history"] if "grad_norm" in entry]
-
-
-RUNS = {
-    "calibrated": {"optim_args": "reference_steps=5", "max_grad_norm": NO_CLIPPING},
-    "paper": {"optim_args": None, "max_grad_norm": NO_CLIPPING, "weight_decay": 5e-4},
-    "clipped": {"optim_args": "reference_steps=5", "max_grad_norm": 0.4},
-    "unclipped": {"optim_args": "reference_steps=5,unclipped_norm=true", "max_grad_norm": 0.4},
-    "faster": {"optim_args": "reference_steps=5", "max_grad_norm": NO_CLIPPING, "adam_beta2": 0.9},
-    "memory-of-its-own": {
-        "optim_args": "base=adamw_torch,reference_steps=5,schedule_beta2=0.9",
-        "max_grad_norm": NO_CLIPPING,
-    },
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_simulation_of_a_run_that_logs_every_step_is_what_it_did(tmp_path, name):
-    lines = said(train(tmp_path, **RUNS[name])).splitlines()
-    (accuracy,) = [line for line in lines if line.startswith("This run logged its effective decay.")]
-    assert float(accuracy.split()[-4]) < 0.01  # per cent, at most; norms in the log are float32
-    assert accuracy in said(tmp_path, Settings(weight_decay=3.0, reference_steps=2))  # of the run, whatever is asked
-
-
-def test_decay_of_adams_is_told_from_the_run_of_adamw_beside_it(tmp_path):
-    same = {"max_grad_norm": NO_CLIPPING, "learning_rate": 1e-4}
-    adamw = train(tmp_path / "adamw", optim="adamw_torch_fused", optim_args=None, **same)
-    adams = train(tmp_path / "adams", optim_args="reference_steps=5", **same)
-    predicted = advise(adamw, Settings(reference_steps=5)).simulated
-    assert predicted == pytest.approx([entry["swd/weight_decay"] for entry in logs_of(adams)], rel=0.01)
-    assert predicted[-1] != pytest.approx(0.2, rel=0.05)
-
-
-def test_logs_of_every_fifth_step_tell_a_gradient_that_changes_slowly():
-    norms = [1 + 0.5 * math.sin(t / 40) for t in range(1, 201)]
-    options = {"weight_decay": 0.1, "reference_steps": 20, "beta2": 0.99}
-    every = effective_decays(range(1, 201), norms, **options)
-    fifth = effective_decays(range(5, 201, 5), norms[4::5], **options)
-    assert fifth == pytest.approx(every[4::5], rel=0.01)
-
-
-@pytest.mark.parametrize("unclipped", [False, True])
-def test_rms_that_adams_logged_tells_the_decay_whatever_happens_between_logs(tmp_path, unclipped):
-    """A spike at a step that is not logged: norms do not know of it, the logged rms does."""
-    spike, steps = 7, 20
-    norms = [50.0 if t == spike else 1 + 0.1 * math.sin(t) for t in range(1, steps + 1)]
-    options = {"weight_decay": 0.4, "reference_steps": 5, "beta2": 0.9}
-    truth = effective_decays(range(1, steps + 1), norms, **options)[4::5]
-    rms = effective_decays(range(1, steps + 1), norms, weight_decay=1.0, reference_steps=0, beta2=0.9)[4::5]
-    log = [
-        {"step": t, "grad_norm": norms[t - 1], "learning_rate": 0.1, "swd/grad_rms": 1 / one, "swd/weight_decay": one}
-        for t, one in zip(range(5, steps + 1, 5), rms, strict=True)
-    ]
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    arguments_ = {"optim": "adams", "adam_beta2": 0.9, "max_grad_norm": 1.0 if unclipped else 0.0}
-    arguments_["optim_args"] = "unclipped_norm=true" if unclipped else None
-    (tmp_path / "training_args.json").write_text(json.dumps(arguments_))
-    found = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=5))
-    assert found.simulated == pytest.approx(truth) and "rms that the run logged" in "\n".join(found.lines)
-    later = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=10)).simulated
-    options["reference_steps"] = 10
-    assert later == pytest.approx(effective_decays(range(1, steps + 1), norms, **options)[4::5])
-    paper = advise(tmp_path, Settings(weight_decay=0.4, reference_steps=0))
-    assert paper.simulated == pytest.approx([0.4 * one for one in rms])
-    # A schedule that followed clipped gradients tells nothing of one that does not.
-    (tmp_path / "training_args.json").write_text(json.dumps({**arguments_, "max_grad_norm": 1.0, "optim_args": None}))
-    assert "from logged norms alone" in said(tmp_path, Settings(weight_decay=0.4, reference_steps=5))
-
-
-def test_shrinkage_is_the_sum_over_the_learning_rate_schedule(tmp_path):
-    folder = train(tmp_path, optim="adamw_torch", optim_args=None, learning_rate=0.01)
-    # Linear to zero. Versions of transformers differ by one step in the rate that they log.
-    total = sum(0.01 * (1 - t / STEPS) * 0.2 for t in range(STEPS))
-    log = advise(folder).log
-    assert total_decay(log.steps, log.rates, [0.2] * STEPS) == pytest.approx(total, rel=0.05)
-    (shrank,) = re.findall(r"shrank the weights by ([\d.]+) %", said(folder))
-    assert float(shrank) == pytest.approx(100 * (1 - math.exp(-total)), rel=0.05)
-
-
-def test_saved_parameters_are_those_of_the_model(tmp_path):
-    log = advise(train(tmp_path, max_steps=STEPS)).log
-    assert log.num_parameters == sum(p.numel() for p in tiny_bert().parameters())
-    assert (log.optim, log.weight_decay, log.beta2, log.max_grad_norm) == ("adams", 0.2, 0.999, 1.0)
-
-
-# Made-up logs
-
-
-def write(folder, norms, rate=1e-3, extra=None, **arguments_):
+def write(folder, evaluations, losses=None, *, rate=1e-2, epochs=20.0, norm=0.5, extra=None, **arguments_):
+    """A made-up run of 200 steps with ten logs of training. `evaluations`: eval_loss or more, evenly spaced."""
     folder.mkdir(parents=True, exist_ok=True)
+    losses = losses or [1.0] * 10
     log = [
-        {"step": 10 * i, "loss": 1.0, "grad_norm": norm, "learning_rate": rate, **(extra or {})}
-        for i, norm in enumerate(norms, start=1)
+        {
+            "step": 20 * i,
+            "epoch": epochs * i / 10,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            **(extra or {}),
+        }
+        for i, loss in enumerate(losses, start=1)
     ]
+    for i, found in enumerate(evaluations, start=1):
+        found = found if isinstance(found, dict) else {"eval_loss": found}
+        log.append({"step": 200 * i // len(evaluations), **found})
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     if arguments_:
         (folder / "training_args.json").write_text(json.dumps(arguments_))
     return folder
 
 
-ADAMW = {"optim": "adamw_torch_fused", "weight_decay": 0.01, "max_grad_norm": 1.0}
+def said(*folders, metric=None) -> str:
+    return "\n".join(advise(folders, metric).lines)
 
 
-def test_decay_that_did_not_matter(tmp_path):
-    # 300 steps of 1e-3 x 0.01
-    text = said(write(tmp_path, [0.5] * 30, **ADAMW))
-    assert "shrank the weights by 0.3 % in all: it did not matter, whatever the optimizer. 10 % would take" in text
-    assert "weight_decay=0.35, or 35 times the steps" in text
-    assert "will change nothing" in text
+def proposed(text: str) -> float:
+    return float(re.search(r"--weight_decay (\S+)", text.splitlines()[-1])[1])
 
 
-def test_decay_that_mattered_and_would_hardly_move(tmp_path):
-    text = said(write(tmp_path, [0.5] * 30, rate=0.1, **ADAMW))
-    assert "shrank the weights by 25.9 % in all: enough to matter" in text
-    assert "expect AdamW's result" in text
+# --- real runs ---
 
 
-def test_clipped_steps_and_what_would_not_clip(tmp_path):
-    text = said(write(tmp_path, [2.0] * 27 + [0.5, 8.0, 31.4], rate=0.1, **ADAMW))
-    assert "29 of 30 logged steps were clipped to 1: a schedule by the clipped gradient would be constant" in text
-    assert "max_grad_norm=8 would clip 5 % of them, 32 none" in text
-    assert "--optim_args reference_steps=100,unclipped_norm=true" in text
-    text = said(write(tmp_path, [2.0] * 15 + [0.5] * 15, rate=0.1, **ADAMW))
-    assert "15 of 30 logged steps were clipped to 1: a schedule by the clipped gradient can move" in text
-    assert "unclipped_norm" not in text
+def test_decay_and_evaluations_of_a_real_run_are_what_it_did(tmp_path):
+    folder = train(tmp_path, optim="adamw_torch", optim_args=None, learning_rate=0.01)
+    log = read_training_log(folder)
+    # Linear to zero. Versions of transformers differ by one step in the rate that they log.
+    expected = sum(0.01 * (1 - t / STEPS) * 0.2 for t in range(STEPS))
+    assert total(log) == pytest.approx(expected, rel=0.05)
+    (took,) = re.findall(r"Decay took ([\d.]+) % of the weights", said(folder))
+    assert float(took) == pytest.approx(100 * (1 - math.exp(-expected)), rel=0.05)
+    assert [entry["step"] for entry in log.evaluations] == [8, 16, 24]
+    assert log.epochs == log.entries[-1]["epoch"] > 1
+    assert log.dtypes == {"F32": sum(p.numel() for p in tiny_bert().parameters())}
+    assert said(folder).splitlines()[-1].startswith("--optim adamw_torch --weight_decay ")
 
 
-def test_reference_steps_are_the_warm_up_or_part_of_a_short_run(tmp_path):
-    for count, given, expected in (
-        (60, {"warmup_steps": 150}, 150),
-        (60, {"warmup_ratio": 0.25}, 150),
-        (60, {"warmup_steps": 0.25}, 150),
-        (60, {"warmup_steps": 250}, 200),
-        (60, {"warmup_steps": 10}, 100),
-        (60, {}, 100),
-        (6, {}, 20),
-    ):
-        text = said(write(tmp_path, [0.5] * count, **ADAMW, **given))
-        assert re.search(rf"--optim_args reference_steps={expected} ", text)
+def test_decay_of_adams_is_the_logged_one_and_its_options_are_kept(tmp_path):
+    options = "base=adamw_torch,reference_steps=5"
+    text = said(train(tmp_path, optim_args=options, learning_rate=1e-3))
+    state = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    decays = [entry["swd/weight_decay"] for entry in state["log_history"] if "swd/weight_decay" in entry]
+    assert f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}" in text
+    assert re.fullmatch(rf"--optim adams --weight_decay \S+ --optim_args {options}", text.splitlines()[-1])
 
 
-def test_mean_decay_is_the_constant_one_that_shrinks_as_much(tmp_path):
-    folder = write(tmp_path, [2.0] * 5 + [1.0] * 5, **{**ADAMW, "adam_beta2": 0.5, "max_grad_norm": 0.0})
-    state = json.loads((folder / "trainer_state.json").read_text())
-    for entry in state["log_history"]:
-        entry["learning_rate"] = 0.1 if entry["step"] <= 50 else 1e-6
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    found = advise(folder, Settings(weight_decay=0.3, reference_steps=10))
-    (mean,) = re.findall(r"([\d.]+) in the mean", "\n".join(found.lines))
-    assert max(found.simulated) > 0.55 and float(mean) == pytest.approx(
-        0.3, rel=0.1
-    )  # nothing moves in the second half
-    assert "beside AdamW at the same mean decay, 0.3" in found.lines[-1]
+def test_runs_that_differ_in_more_than_weight_decay_and_seed_are_named(tmp_path):
+    same = [train(tmp_path / f"{decay}", weight_decay=decay, seed=decay) for decay in (1, 2, 3)]
+    other = train(tmp_path / "other", learning_rate=1e-4)
+    advice = advise([*same, other])
+    assert [setting.weight_decay for setting in advice.settings] == [1, 2, 3]
+    (left_out,) = [line for line in advice.lines if line.startswith("Left out")]
+    assert left_out == f"Left out: {other} (learning_rate=0.0001, not {arguments(tmp_path).learning_rate})."
 
 
-def test_optimizer_below_the_schedule_is_kept(tmp_path):
-    adams = train(tmp_path / "adams", optim_args="base=adamw_torch,schedule_beta2=0.9,reference_steps=5")
-    options = "base=adamw_torch,schedule_beta2=0.9,reference_steps=5"
-    assert re.search(f"--optim adams --weight_decay 0.2 --optim_args {options}[, ]", said(adams))
-    other = train(tmp_path / "adafactor", optim="adafactor", optim_args=None)
-    assert re.search("--optim_args base=adafactor,reference_steps=8[, ]", said(other))
-    adamw = train(tmp_path / "adamw", optim="adamw_torch_fused", optim_args=None)
-    assert re.search("--optim_args reference_steps=8[, ]", said(adamw))
+# --- one run ---
 
 
-def test_paper_schedule_needs_the_number_of_parameters(tmp_path):
-    folder = write(tmp_path, [0.5] * 30, rate=0.1, **ADAMW)
-    assert "give --num_parameters" in said(folder, Settings(weight_decay=5e-4, reference_steps=0))
-    text = said(folder, Settings(weight_decay=5e-4, reference_steps=0, num_parameters=10_000))
-    assert "an effective decay of 0.1 to 0.1" in text  # 5e-4 / (0.5 / 100)
+def test_model_that_overfits_gets_a_decay_that_acts(tmp_path):
+    run = write(tmp_path, [2.0, 1.9, 2.0, 2.2], [2.0 - 0.15 * i for i in range(10)], weight_decay=0.1, **ADAMW)
+    text = said(run)
+    assert "It overfits: the evaluation loss was lowest at step 100 (1.9), and has risen to 2.2 since" in text
+    assert "while the training loss went from 1.4 to 0.65" in text
+    assert "Decay took 18.1 % of the weights" in text  # 200 steps x 1e-2 x 0.1
+    assert proposed(text) * 1e-2 * 200 >= 1.5 and text.splitlines()[-1].startswith("--optim adamw_torch_fused ")
+    assert text.startswith(f"{tmp_path}: 200 steps, 20 passes over the training data")
+
+
+def test_nothing_speaks_for_another_decay(tmp_path):
+    fitted = write(tmp_path / "fitted", [2.0, 1.9], [1.6] * 10, weight_decay=0.1, **ADAMW)
+    one_pass = write(tmp_path / "one", [2.0, 1.9], [0.5] * 10, epochs=1.0, weight_decay=0.1, **ADAMW)
+    for run in (fitted, one_pass):
+        assert "Stop here, at 0.1: nothing speaks for another weight decay" in said(run)
+        assert proposed(said(run)) == 0.1
+    assert "No sample was seen twice" in said(one_pass)
+
+
+def test_too_weak_and_too_strong_decays_are_told(tmp_path):
+    weak = write(tmp_path / "weak", [2.0, 1.9], [1.8] * 10, weight_decay=0.01, **ADAMW)
+    assert "Decay took 1.98 % of the weights in all, too little to matter" in said(weak)
+    strong = write(tmp_path / "strong", [2.0, 1.9], [1.88] * 10, weight_decay=5.0, **ADAMW)
+    assert proposed(said(strong)) <= 2.5
+
+
+def test_without_decay_one_is_proposed_if_the_model_overfits(tmp_path):
+    over = write(tmp_path / "over", [1.9, 2.2], [0.6] * 10, weight_decay=0.0, **ADAMW)
+    assert "There was no weight decay" in said(over)
+    assert 1 < proposed(said(over)) * 1e-2 * 200 < 3
+    fits = write(tmp_path / "fits", [2.0, 1.9], [1.6] * 10, weight_decay=0.0, **ADAMW)
+    assert proposed(said(fits)) == 0
+
+
+def test_unclipped_norm_is_told_in_words_only(tmp_path):
+    run = write(tmp_path, [1.9, 2.2], norm=3.0, weight_decay=0.1, **{**ADAMW, "max_grad_norm": 1.0})
+    text = said(run)
+    assert "10 of 10 logged steps were clipped to 1, so a schedule by the clipped gradient is constant" in text
+    assert "unclipped_norm" in text and "unclipped_norm" not in text.splitlines()[-1]
+    assert "were clipped" not in said(write(tmp_path, [1.9, 2.2], weight_decay=0.1, **{**ADAMW, "max_grad_norm": 1.0}))
+
+
+def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
+    unknown = said(write(tmp_path / "unknown", [2.0, 1.9]))
+    assert "unknown optimizer" in unknown and "unknown weight_decay" in unknown
+    sgd = said(write(tmp_path / "sgd", [2.0, 1.9], **{**ADAMW, "optim": "sgd", "weight_decay": 0.1}))
+    assert "sgd is not known to have decoupled decay" in sgd
+    blind = said(write(tmp_path / "blind", [], weight_decay=0.1, **ADAMW))
+    assert "no evaluation with a known weight_decay is in the log (eval_strategy)" in blind
+    assert blind.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 0.1"
+    once = said(write(tmp_path / "once", [1.9], weight_decay=0.1, **ADAMW))
+    assert "Whether its evaluation loss rises is not known" in once
 
 
 def test_log_that_becomes_nan_says_from_where(tmp_path):
-    text = said(write(tmp_path, [0.5] * 5 + [math.nan] * 5 + [math.inf], **ADAMW))
-    assert "From step 60 on, logs are NaN or infinite" in text
-    assert "100 steps" not in text.splitlines()[0] or "5 of them logged" in text
+    losses = [1.0] * 5 + [math.nan] * 5
+    text = said(write(tmp_path, [2.0, 1.9], losses, weight_decay=0.1, **ADAMW))
+    assert "logs from step 120 on are NaN or infinite." in text
 
 
-def test_unknown_arguments_are_called_unknown(tmp_path):
-    text = said(write(tmp_path, [0.5] * 10))
-    assert "unknown optimizer, unknown weight_decay, unknown max_grad_norm, unknown size" in text
-    assert "Whether steps were clipped is not known" in text
-    assert "ask again with --weight_decay" in text
-    text = said(write(tmp_path, [0.5] * 10, optim="sgd", weight_decay=0.1, max_grad_norm=0.0))
-    assert "sgd is not known to have decoupled decay" in text
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
+@pytest.mark.parametrize("lr", [2e-5, 1e-4])
+def test_weights_that_are_said_not_to_move_do_not(tmp_path, dtype, name, lr):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter((0.1 * torch.randn(4000)).to(dtype))
+    start = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.1, fused=True)
+    for _ in range(100):
+        weight.grad = torch.randn(4000).to(dtype)
+        optimizer.step()
+    run = write(tmp_path, [2.0, 1.9], rate=lr, weight_decay=0.1, **ADAMW)
+    save_file({"weight": weight.detach()}, tmp_path / "model.safetensors")
+    (still,) = re.findall(rf"saved in {name}\. If trained in it, those above (\S+) did not move", said(run))
+    large = start.abs() > 1.02 * float(still)  # two digits
+    assert torch.equal(weight[large], start[large])
+    assert (weight != start)[start.abs() < float(still) / 4].any()
+    save_file({"weight": weight.detach().float()}, tmp_path / "model.safetensors")
+    assert "saved in" not in said(run)
+
+
+# --- several runs ---
+
+
+def grid(tmp_path, losses, **changes):
+    """Runs by weight decay; several losses are those of several seeds."""
+    folders = []
+    for decay, values in losses.items():
+        for seed, value in enumerate(values if isinstance(values, tuple) else (values,)):
+            settings = {**ADAMW, **changes, "weight_decay": decay, "seed": seed}
+            folders.append(write(tmp_path / f"{decay}-{seed}", [value + 0.5, value], [0.65 * value] * 10, **settings))
+    return folders
+
+
+def test_parabola_finds_the_optimum_of_a_parabola():
+    def at(decay):
+        return Tried(decay, 2 + 0.1 * math.log(decay / 1.7) ** 2)
+
+    optimum, gain = parabola(at(0.5), at(1), at(8))
+    assert optimum == pytest.approx(1.7) and gain == pytest.approx(at(1).loss - 2)
+    assert propose([at(8), at(0.5), at(1)]).weight_decay == 1.7
+
+
+def test_best_of_a_grid_is_refined_and_the_table_shows_it(tmp_path):
+    text = said(*grid(tmp_path, {0.5: 2.0, 8.0: 2.2, 2.0: 1.9}))
+    assert "| 0.5 | 0.5 | 1 | 2 | 2 | 1.3 |\n| 2 | 2 | 1 | 1.9 | 1.9 | 1.235 |\n| 8 | 8 | 1 | 2.2 |" in text
+    assert re.search(r"A parabola .* has its optimum at 1.4\d, better by 0.01\d; the noise is 0.01\.", text)
+    assert proposed(text) == pytest.approx(1.45, abs=0.06)
+
+
+def test_seeds_are_averaged_and_what_they_differ_by_ends_the_search(tmp_path):
+    quiet = advise(grid(tmp_path / "quiet", {0.5: (2.0, 2.001), 2.0: (1.9, 1.901), 8.0: (2.2, 2.201)}))
+    noisy = advise(grid(tmp_path / "noisy", {0.5: (1.9, 2.1), 2.0: (1.8, 2.0), 8.0: (2.1, 2.3)}))
+    assert [len(setting.values) for setting in noisy.settings] == [2, 2, 2]
+    assert quiet.proposal.weight_decay is not None and noisy.proposal.weight_decay is None
+    assert "Seeds differ by 0.14 (standard deviation)." in "\n".join(noisy.lines)
+    assert noisy.lines[-2].startswith("Stop here, at 2:") and proposed("\n".join(noisy.lines)) == 2
+
+
+def test_two_runs_alike_in_decay_and_seed_are_not_taken_for_two_seeds(tmp_path):
+    one, other = (write(tmp_path / name, [2.0, 1.9], weight_decay=0.1, **ADAMW) for name in "ab")
+    assert f"Left out: {other} (weight decay and seed are those of {one}" in said(one, other)
+
+
+@pytest.mark.parametrize("optimum", [0.4, 2.0, 12.0])
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_accuracy"])
+def test_five_runs_lead_to_the_optimum_of_a_task(tmp_path, optimum, metric):
+    """A task whose gap closes as decay grows, whose evaluation loss rises again where decay is too weak."""
+    folders, decay = [], 0.1
+    for _ in range(5):
+        distance = math.log(decay / optimum)
+        loss = 1.9 + 0.04 * distance**2
+        gap = min(0.95, max(0.0, 0.36 - 0.18 * distance))
+        evaluations = [
+            {"eval_loss": loss - min(0.0, 0.03 * (distance + 0.5)), "eval_accuracy": 0.1},
+            {"eval_loss": loss - max(0.0, -0.1 * (distance + 0.5)), "eval_accuracy": 0.4},
+            {"eval_loss": loss, "eval_accuracy": 0.9 - 0.03 * distance**2},
+        ]
+        folder = tmp_path / f"{decay}"
+        folders.append(write(folder, evaluations, [loss * (1 - gap)] * 10, weight_decay=decay, **ADAMW))
+        advice = advise(folders, metric)
+        if advice.proposal.weight_decay is None:
+            break
+        decay = advice.proposal.weight_decay
+    best = proposed(said(*folders, metric=metric)) if advice.proposal.weight_decay is None else decay
+    assert 1.9 + 0.04 * math.log(best / optimum) ** 2 < 1.92
+
+
+def test_load_best_model_at_end_judges_by_the_best_of_its_metric(tmp_path):
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": "f1", "greater_is_better": True}
+    folders = [
+        write(
+            tmp_path / f"{decay}",
+            [{"eval_loss": 1.0, "eval_f1": best}, {"eval_loss": 1.0, "eval_f1": last}],
+            weight_decay=decay,
+            **ADAMW,
+            **kept,
+        )
+        for decay, best, last in ((0.5, 0.7, 0.69), (2.0, 0.8, 0.1), (8.0, 0.6, 0.6))
+    ]
+    advice = advise(folders)
+    assert advice.metric.key == "eval_f1" and [s.mean for s in advice.settings] == [0.7, 0.8, 0.6]
+    assert "Compared by eval_f1 at its best, as load_best_model_at_end takes it; more is better." in advice.lines
+    assert 0.5 < advice.proposal.optimum < 2.0
+    assert [s.mean for s in advise(folders, "loss").settings] == [1.0, 1.0, 1.0]
+
+
+def test_metric_that_no_run_has_is_named(tmp_path):
+    run = write(tmp_path, [2.0], weight_decay=0.1, **ADAMW)
+    with pytest.raises(ValueError, match="metric='bleu': no run has it; they have eval_loss"):
+        advise([run], "bleu")
+
+
+# --- files and command line ---
 
 
 @pytest.mark.parametrize(
@@ -226,9 +290,9 @@ def test_unknown_arguments_are_called_unknown(tmp_path):
         ("[" * 100_000 + "]" * 100_000, "not a trainer state"),
         ('{"log_history": 3}', "not a trainer state"),
         ("\x00", "not a trainer state"),
-        ('{"log_history": []}', "0 of its logs have a grad_norm"),
-        (json.dumps({"log_history": [{"step": 1, "grad_norm": 1.0, "learning_rate": 0.1}]}), "1 of its logs have"),
-        (json.dumps({"log_history": [{"step": s, "loss": 1.0} for s in (1, 2)]}), "0 of its logs have a grad_norm"),
+        ('{"log_history": []}', "0 of its logs are finite and have a learning_rate"),
+        (json.dumps({"log_history": [{"step": 1, "learning_rate": 0.1}]}), "1 of its logs are"),
+        (json.dumps({"log_history": [{"step": s, "loss": 1.0} for s in (1, 2)]}), "0 of its logs are"),
     ],
 )
 def test_foreign_and_short_logs_get_one_sentence(tmp_path, capsys, content, message):
@@ -240,17 +304,32 @@ def test_foreign_and_short_logs_get_one_sentence(tmp_path, capsys, content, mess
     assert message in captured.err
 
 
-def test_command_line(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    folders = [str(write(tmp_path / name, [0.5, 0.7, 0.4], **ADAMW)) for name in "ab"]
-    picture = tmp_path / "picture.png"
-    assert main(["advise", *folders, "--weight_decay", "0.3", "--reference_steps", "5", "--plot", str(picture)]) == 0
+def test_command_line(tmp_path, capsys, monkeypatch):
+    folders = [str(folder) for folder in grid(tmp_path, {0.5: 2.0, 2.0: 1.9, 8.0: 2.2})]
+    assert main(["advise", *folders]) == 0
     output = capsys.readouterr().out
-    assert output.count("--optim adams --weight_decay 0.3 --optim_args reference_steps=5") == 2
-    assert output.endswith(f"{picture}\n")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert main(["advise", *folders, "--plot", str(tmp_path / "picture")]) == 1
-    assert "suffix of an image format" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["advise", *folders, "--weight_decay", "-1"])
-    assert "expected a number of at least 0" in capsys.readouterr().err
+    assert output.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 1.4"
+    monkeypatch.chdir(tmp_path)
+    assert main(["advise", "2.0-0"]) == 0
+    assert capsys.readouterr().out.startswith("2.0-0: 200 steps")
+
+
+def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from hf_swd.commands import plot_decay
+
+    drawn = []
+    save = plot_decay.save_figure
+    monkeypatch.setattr(plot_decay, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
+    folders = [str(folder) for folder in grid(tmp_path, {0.5: 2.0, 2.0: 1.9, 8.0: 2.2})]
+    assert main(["plot", *folders, "--against", "weight_decay", "-o", str(tmp_path / "picture.png")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    lines = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
+    assert lines["mean over the seeds"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
+    assert lines["next: 1.4"][0][0] == 1.4
+    for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
+        assert any(x == pytest.approx(decay) and y == pytest.approx(loss) for x, y in lines["parabola"])
+    assert min(y for _, y in lines["parabola"]) < 1.9
+    assert main(["plot", str(write(tmp_path / "blind", [], **ADAMW)), "--against", "weight_decay"]) == 1
+    assert "no run has an evaluation" in capsys.readouterr().err

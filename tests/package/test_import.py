@@ -86,7 +86,7 @@ def test_import_and_command_line_do_without_torch(tmp_path):
         assert main(["plot", str(folder)]) == 0 and (folder / "swd_plot.png").is_file()
         log = [{{"grad_norm": 1.0, "learning_rate": 0.1, **entry}} for entry in log]
         (folder / "trainer_state.json").write_text(json.dumps({{"log_history": log}}))
-        assert main(["advise", str(folder), "--weight_decay", "0.1"]) == 0
+        assert main(["advise", str(folder)]) == 0
     """
     assert run_python(code).startswith(f"hf-swd {hf_swd.__version__}")
 
@@ -145,7 +145,7 @@ PACKAGES = {
     "trainer": {"accelerate", "transformers"},
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
-    "commands.advise": {"matplotlib"},
+    "commands.plot_decay": {"matplotlib"},
 }
 # Names that only one module may know: the marks that engines leave on parameters, and engines' insides.
 INSIDES = {

@@ -1,0 +1,76 @@
+"""`hf-swd plot --against weight_decay`: what runs ended at, over the weight decay that they had."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .advise import advise
+from .plot import COLOURS, require_matplotlib, save_figure
+
+
+def plot_against_decay(
+    output_dirs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    metric: str | None = None,
+) -> Path:
+    """
+    Draws the metric of runs against their weight decay, with the parabola through the best and its neighbours, and the
+    weight decay that `hf-swd advise` says to try next.
+
+    Args:
+        output_dirs, metric: see [`~hf_swd.commands.advise.advise`].
+        output (path, *optional*, defaults to `swd_plot.png` in the first of `output_dirs`): image file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no run has an evaluation and a weight decay above 0, and whatever `advise` raises.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    advice = advise(output_dirs, metric)
+    settings = [setting for setting in advice.settings if setting.weight_decay > 0]
+    if not settings or advice.proposal is None:
+        raise ValueError("no run has an evaluation (eval_strategy) and a weight_decay above 0 (training_args.bin)")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for setting in settings:
+        axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
+    decays, means = [setting.weight_decay for setting in settings], [setting.mean for setting in settings]
+    axes.plot(decays, means, "o-", color=COLOURS[0], label="mean over the seeds")
+    for setting in advice.settings:
+        if setting.weight_decay == 0:  # has no place on a logarithmic axis
+            axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
+    proposal = advice.proposal
+    best = (max if advice.metric.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+    if proposal.optimum is not None and proposal.gain is not None:
+        place = decays.index(best.weight_decay)
+        left, right = (math.log(decay) for decay in (decays[place - 1], decays[place + 1]))
+        vertex = math.log(proposal.optimum)
+        sign = -1 if advice.metric.greater_is_better else 1
+        lowest = best.mean - sign * proposal.gain
+        # Through the vertex and one of the neighbours, whichever is further from it.
+        end = max((place - 1, place + 1), key=lambda i: abs(math.log(decays[i]) - vertex))
+        curvature = (means[end] - lowest) / (math.log(decays[end]) - vertex) ** 2
+        points = [left + (right - left) * i / 100 for i in range(101)]
+        parabola = [lowest + curvature * (x - vertex) ** 2 for x in points]
+        axes.plot([*map(math.exp, points)], parabola, "--", color=COLOURS[1], label="parabola", zorder=1)
+    if proposal.weight_decay is not None:
+        axes.axvline(proposal.weight_decay, color=COLOURS[2], label=f"next: {proposal.weight_decay:g}")
+    else:
+        axes.axvline(best.weight_decay, color=COLOURS[2], label=f"stop here: {best.weight_decay:g}")
+    axes.set_xscale("log")
+    axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("weight decay")
+    axes.set_ylabel(f"{advice.metric.key}{', best' if advice.metric.at_best else ', at the end'}")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    first = Path(output_dirs[0])
+    folder = first if first.is_dir() else first.parent
+    return save_figure(figure, folder / "swd_plot.png" if output is None else Path(output))
