@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..core.schedule import schedule_of
 from ..core.wrappers import unwrapped
+from .rounding import rounding_warning
 
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def after_log(optimizer: Any, grad_norm: float, max_norm: float) -> None:
         watch.clipped_logs += grad_norm > max_norm
         _check_decay(watch, schedule, optimizer, watch.state.global_step)
         _check_clipping(watch, schedule, optimizer, max_norm, _ENOUGH_STEPS, _ENOUGH_STEPS)
+        if watch.logs == 1 and (rounding := rounding_warning(schedule.optimizer)):
+            watch.warn("rounding", rounding)
 
 
 def end(optimizer: Any, max_norm: float) -> None:
