@@ -322,7 +322,9 @@ class LockStep:
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
         assert all(map(torch.equal, self.params, weights))
-        if before[0]:  # otherwise it may have counted another optimizer's steps by now
+        if self.reference.steps == 0:  # another optimizer's steps may be counted now, of those that have a gradient
+            self.reference.steps = self.schedule.step_count
+        else:
             assert (self.schedule.step_count, self.schedule.reference_rms) == before
         self.shown = False
         for p in self.params:
