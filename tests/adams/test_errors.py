@@ -49,6 +49,7 @@ GROUP_OPTIONS = [
     ("fused", "yes", TypeError, r"fused='yes'"),
     ("capturable", 2.5, TypeError, r"capturable=2\.5"),
     ("differentiable", "x", TypeError, r"differentiable='x'"),
+    ("differentiable", True, ValueError, r"differentiable=True"),
 ]
 CONSTRUCTOR_ONLY = [
     ("reference_steps", -1, ValueError, r"reference_steps=-1"),
@@ -136,10 +137,9 @@ def test_params(params, exception, message):
     ("flags", "exception", "message"),
     [
         ({"fused": True, "foreach": True}, RuntimeError, "fused.*foreach"),
-        ({"fused": True, "differentiable": True}, RuntimeError, "fused.*differentiable"),
         ({"lr": torch.tensor(0.1), "foreach": True}, ValueError, "lr as a Tensor.*foreach=True"),
     ],
-    ids=["fused_foreach", "fused_differentiable", "tensor_lr_foreach"],
+    ids=["fused_foreach", "tensor_lr_foreach"],
 )
 def test_contradicting_arguments(flags, exception, message):
     with pytest.raises(exception, match=message):

@@ -24,9 +24,11 @@ from hf_swd.core.schedule import schedule_of
 Weights = dict[str, Tensor]
 
 
-def _scheduled_adamw(params: Any, *, unclipped_norm: bool = False, **options: Any) -> torch.optim.Optimizer:
+def _scheduled_adamw(
+    params: Any, *, unclipped_norm: bool = False, max_grad_norm: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(params, **options)
-    hf_swd.ScheduledWeightDecay(optimizer, unclipped_norm=unclipped_norm)
+    hf_swd.ScheduledWeightDecay(optimizer, unclipped_norm=unclipped_norm, max_grad_norm=max_grad_norm)
     return optimizer
 
 
@@ -169,7 +171,11 @@ def fsdp1(
     if attach:
         hf_swd.attach(optimizer, model)
     probe = Probe(optimizer)
-    clips = {"exact": _clip_fsdp1(model, ignored), "shared": lambda: optimizer.clip_grad_norm_(MAX_NORM)}
+    clips = {
+        "exact": _clip_fsdp1(model, ignored),
+        "shared": lambda: optimizer.clip_grad_norm_(MAX_NORM),
+        "none": lambda: None,
+    }
     train(model, optimizer, clips[clip], probe=probe)
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         return probe.report(whole_weights(model.named_parameters()))

@@ -59,9 +59,8 @@ def check_refusal(results: list[dict[str, Any]], *words: str) -> None:
 
 
 def check_collectives(results: list[dict[str, Any]], count: int) -> None:
-    """How many collectives there are inside every `step()` (I4) but the first, which may ask what was loaded: of two
-    numbers per tensor."""
+    """How many collectives there are inside every `step()` (I4), of a few numbers each."""
     for value in value_of(results):
-        for step in value["collectives"][1:]:
+        for step in value["collectives"]:
             assert len(step) == count
-            assert all(0 < size <= 16 * len(value["weights"]) for size in step)
+            assert all(0 < size <= 16 * 8 for size in step)

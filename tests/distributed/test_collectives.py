@@ -57,30 +57,31 @@ def ddp() -> nn.Module:
     return nn.parallel.DistributedDataParallel(model())
 
 
-@pytest.mark.parametrize("clip", ["ours", "none"])
+@pytest.mark.parametrize("clip", ["in the step", "before", "none"])
 @pytest.mark.parametrize("scheduled", [False, True], ids=["adams", "scheduled"])
 @pytest.mark.parametrize(
     ("build", "expected"), [(ddp, 0), (fsdp2, 1), (hsdp, 1), (tensor_parallel, 1), (fsdp2_with_tensor_parallel, 2)]
 )
 def test_collectives_per_step(build: Callable[[], nn.Module], expected: int, scheduled: bool, clip: str) -> None:
+    options = {"max_grad_norm": 1e-2} if clip == "in the step" else {}
     params = list(build().parameters())
     with torch.no_grad():
         for p in params:
             p.fill_(0.1)  # what the fake group has made of them is anything
     if scheduled:
         optimizer = torch.optim.AdamW(params, lr=1e-3)
-        schedule = hf_swd.ScheduledWeightDecay(optimizer)
-        clip_grad_norm_ = hf_swd.attach(optimizer).clip_grad_norm_
+        schedule = hf_swd.ScheduledWeightDecay(optimizer, **options)
     else:
-        optimizer = schedule = hf_swd.AdamS(params, lr=1e-3)
-        clip_grad_norm_ = optimizer.clip_grad_norm_
+        optimizer = schedule = hf_swd.AdamS(params, lr=1e-3, **options)
+    if clip == "before":
+        expected *= 2  # it keeps nothing for the step
     for step in range(4):
         for i, p in enumerate(params):
             # A parameter without a gradient at some steps changes nothing.
             p.grad = None if i == step else torch.full_like(p, 0.1)
         with CommDebugMode() as seen:
-            if clip == "ours":
-                clip_grad_norm_(1e-2)
+            if clip == "before":
+                schedule.clip_grad_norm_(1e-2)
             optimizer.step()
         assert seen.get_total_counts() == expected, f"step {step}: {dict(seen.get_comm_counts())}"
     assert schedule.grad_rms > 0

@@ -8,12 +8,13 @@ import pytest
 import torch
 from harness import Variant, value_of, variant
 from judge import check_as_good_as_adamw, check_collectives, check_refusal, check_run
-from task import reference
+from task import MAX_NORM, reference
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 Results = list[dict[str, Any]]
+IN_THE_STEP = {"clip": "none", "adam_options": {"max_grad_norm": MAX_NORM}}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,8 @@ def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) ->
         variant("fsdp2", "fsdp2"),
         variant("fsdp2-torch-clip", "fsdp2", clip="torch"),
         variant("fsdp2-shared-clip", "fsdp2", clip="shared"),
+        variant("fsdp2-clips-in-the-step", "fsdp2", **IN_THE_STEP),
+        variant("fsdp2-clips-in-the-step-adamw", "fsdp2", optim="scheduled", **IN_THE_STEP),
         variant("fsdp2-scheduled-adamw", "fsdp2", optim="scheduled", slow=True),
         variant("fsdp2-cpu-offload", "fsdp2", offload=True),
         variant("fsdp2-unsharded", "fsdp2", unsharded=["classifier", "bert.embeddings"], slow=True),
@@ -113,8 +116,7 @@ def test_fsdp1_without_attach_stops_before_a_weight_changes(results: Results) ->
 def test_fsdp2(results: Results, variant: Variant) -> None:
     check_run(results, reference())
     sharded = variant.kwargs.get("mesh") != [2, 1]
-    # After clip_grad_norm_ of ours the step knows all; test_collectives.py counts both.
-    check_collectives(results, int(sharded and variant.kwargs.get("clip") != "shared"))
+    check_collectives(results, int(sharded))
 
 
 @pytest.mark.parametrize(
@@ -122,14 +124,14 @@ def test_fsdp2(results: Results, variant: Variant) -> None:
     [
         variant("tp", "tensor_parallel"),
         variant("tp-shared-clip", "tensor_parallel", clip="shared"),
+        variant("tp-clips-in-the-step", "tensor_parallel", **IN_THE_STEP),
         variant("fsdp2-x-tp", "tensor_parallel", world=4, data=2),
         variant("fsdp2-x-tp-shared-clip", "tensor_parallel", world=4, data=2, clip="shared"),
     ],
 )
 def test_tensor_parallel(results: Results, variant: Variant) -> None:
     check_run(results, reference())
-    dims = 2 if variant.world == 4 else 1
-    check_collectives(results, 0 if variant.kwargs.get("clip") == "shared" else dims)
+    check_collectives(results, 2 if variant.world == 4 else 1)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_reference_steps(results: Results) -> None:
 
 
 def unclipped(engine: str, id: str = "", **options):
-    options = {"clip": "shared", "adam_options": {"unclipped_norm": True}, **options}
+    options = {"clip": "none", "adam_options": {"unclipped_norm": True, "max_grad_norm": MAX_NORM}, **options}
     return variant(f"{id or engine}-unclipped-norm", engine, **options)
 
 

@@ -50,7 +50,7 @@ def no_synchronization():
 
 def clip_and_step(optimizer: AdamS, clipping: str | None) -> None:
     if clipping is not None:
-        optimizer.clip_grad_norm_(MAX_NORM, defer=clipping == "deferred")
+        optimizer.clip_grad_norm_(MAX_NORM)
     optimizer.step()
 
 

@@ -28,13 +28,15 @@ model = nn.Linear(2, 2)
 params = model.parameters()
 optimizer: torch.optim.Optimizer = AdamS(params, 1e-3, (0.9, 0.99), weight_decay=0.01, reference_steps=100, fused=None)
 AdamS([{"params": [model.weight], "weight_decay": 0.0}], lr=torch.tensor(0.1))
-adams: AdamS = create_adams(model, lr=2e-5, betas=(0.9, 0.95), reference_steps=100, unclipped_norm=True)
+adams: AdamS = create_adams(model, lr=2e-5, reference_steps=100, unclipped_norm=True, max_grad_norm=1.0)
 adams.step()
 adams.step(lambda: torch.ones(()))
-norm: torch.Tensor = adams.clip_grad_norm_(1.0, defer=True)
+norm: torch.Tensor = adams.clip_grad_norm_(1.0)
+last_norm: float = adams.grad_norm
+adams.schedule.refresh()
 rms: float = adams.grad_rms
 count: int = attach(adams, model).step_count
-schedule = ScheduledWeightDecay(torch.optim.AdamW(params), beta2=0.99, reference_steps=100)
+schedule = ScheduledWeightDecay(torch.optim.AdamW(params), beta2=0.99, reference_steps=100, max_grad_norm=1.0)
 schedule.load_state_dict(schedule.state_dict())
 SWDTrainer(model, TrainingArguments("out", optim="adams"), callbacks=[SWDCallback()])
 register()
@@ -46,6 +48,7 @@ AdamS(params, weight_decay="x")  # error: arg-type
 AdamS(params, reference_steps=0.5)  # error: arg-type
 AdamS(params, reference_step=3)  # error: call-arg
 ScheduledWeightDecay(adams, beta=0.9)  # error: call-arg
+adams.clip_grad_norm_(1.0, defer=True)  # error: call-arg
 adams.grad_rms = 1.0  # error: misc
 adams.clip_grad_norm(1.0)  # error: attr-defined
 """

@@ -92,7 +92,11 @@ class Twins:
         groups = [
             {"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.twin.param_groups
         ]
-        self.reference = ReferenceAdamS(groups, betas=(0.9, beta2), lr=1e-3, reference_steps=reference_steps)
+        # Of an optimizer whose moments are not Adam's, the number is its own: as of gradients before clipping.
+        own_number = name in ("lion", "muon", "adafactor")
+        self.reference = ReferenceAdamS(
+            groups, betas=(0.9, beta2), lr=1e-3, reference_steps=reference_steps, unclipped_norm=own_number
+        )
         self.steps = 0
 
     def build(self, params: list[Parameter]) -> torch.optim.Optimizer:

@@ -164,7 +164,7 @@ class StateMachine(RuleBasedStateMachine):
         self.run.step_that_raises()
         self.step(False, "")
 
-    @precondition(lambda self: getattr(self.run.optimizer, "_step_supports_amp_scaling", False))
+    @precondition(lambda self: self.run.path.get("fused"))
     @rule(missing=positions)
     def overflow(self, missing):
         """A step that a GradScaler leaves out: torch's fused kernels are told so."""
