@@ -35,7 +35,10 @@ def drive(schedule: WeightDecaySchedule) -> None:
         schedule.end_step()
 
     optimizer = schedule.optimizer
-    schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), optimizer.register_step_post_hook(post_hook)]
+    first = optimizer.register_step_post_hook(post_hook)
+    # Whoever saves the state in a hook of his own saves what belongs to the moments that are there.
+    optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)
+    schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), first]
 
 
 def _followed_once(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:

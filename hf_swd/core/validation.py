@@ -44,7 +44,7 @@ OPTIONS = {
         float, "a norm of at least 0 (0 clips nothing, inf only measures)", lambda value: value >= 0
     ),
     "max_norm": Option(float, "a positive norm (for no clipping, leave this call out)", lambda value: value > 0),
-    **dict.fromkeys(("amsgrad", "maximize", "capturable"), _FLAG),
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), _FLAG),
     **dict.fromkeys(("foreach", "fused"), _FLAG_OR_NONE),
 }
 

@@ -200,12 +200,6 @@ def scaled_there_and_back(run):
             state[key] = torch.tensor(value * (4.0 if key == "exp_avg_sq" else 1.0))
 
 
-def scaled_there_and_back_one_by_one(run):
-    for state in run.state.values():
-        values = state.pop("exp_avg_sq").numpy() * 4.0
-        state["exp_avg_sq"] = torch.tensor(values)
-
-
 def other_moments(run):
     for state in run.state.values():
         state["exp_avg_sq"] = state["exp_avg_sq"] * 4.0
@@ -228,7 +222,6 @@ EDITS = [
     clones,
     there_and_back,
     scaled_there_and_back,
-    scaled_there_and_back_one_by_one,
     other_moments,
     other_moments_twice,
     popped,
@@ -605,10 +598,10 @@ def test_first_step_under_another_default_device():
 # Checkpoints of others, and foreign optimizers
 
 
-@pytest.mark.parametrize("stepped", [0, 3])
 @pytest.mark.parametrize("strict", [True, False])
-def test_flat_checkpoint_of_adamw(stepped, strict):
-    """torch.distributed.checkpoint's form in which every entry has a key of its own."""
+def test_flat_checkpoint_of_adamw(strict):
+    """torch.distributed.checkpoint's form in which every entry has a key of its own: torch asks for a key of every
+    entry of the groups before anyone else sees it, so that AdamW's must be laid over a new AdamS's."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
     adamw = Scheduled("AdamW", model.parameters())
     adamw.schedule.remove()
@@ -617,8 +610,10 @@ def test_flat_checkpoint_of_adamw(stepped, strict):
     flat = get_optimizer_state_dict(model, adamw.optimizer, options=options)
 
     run = Scheduled("adams", model.parameters(), weight_decay=0.05, reference_steps=7)
-    run.steps(0, stepped)
-    set_optimizer_state_dict(model, run.optimizer, flat, options=options)
+    with pytest.raises(KeyError, match="param_groups"):
+        set_optimizer_state_dict(model, run.optimizer, flat, options=options)
+    completed = {**get_optimizer_state_dict(model, run.optimizer, options=options), **flat}
+    set_optimizer_state_dict(model, run.optimizer, completed, options=options)
 
     assert run.optimizer.param_groups[0]["initial_weight_decay"] == 0.05
     assert run.schedule.reference_steps == 7
