@@ -18,6 +18,7 @@ from accelerate.utils import AutocastKwargs
 from hf_utils import arguments, distance, sentences, tiny_bert, train
 from reference_adams import rms_of_moments
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from hf_swd import SWDTrainer
@@ -255,6 +256,25 @@ def test_gradients_changed_in_a_callback_are_what_counts(tmp_path, change):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_gradients_changed_in_any_way_are_what_counts(tmp_path, way):
     judged(tmp_path, steps=4, **placed(way, set_rows_to_zero))
+
+
+class Passes(TorchDispatchMode):
+    """Names of the operators inside the block."""
+
+    names = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += (func.overloadpacket.__name__,)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])
+@pytest.mark.parametrize("looks", [False, True])
+def test_clipping_is_left_to_the_kernel_where_nobody_looks(tmp_path, trainer_class, looks):
+    callbacks = [OnPreOptimizerStep(lambda model: None)] if looks else []
+    with Passes() as passes:
+        train(tmp_path, trainer_class, max_grad_norm=0.01, trainer_kwargs={"callbacks": callbacks})
+    assert ("_foreach_mul_" in passes.names) == looks
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, SWDTrainer])
