@@ -466,9 +466,10 @@ def test_moments_that_are_offloaded_between_steps(tmp_path, unclipped):
     settings = {"optim_args": f"unclipped_norm={unclipped}", "max_grad_norm": 0.01}
     plain = train(tmp_path, **settings)
     moved = train(tmp_path, trainer_kwargs={"callbacks": [MovesMoments()]}, **settings)
-    for mine, theirs in zip(moved.state.log_history, plain.state.log_history, strict=True):
+    logs = ([entry for entry in each.state.log_history if "loss" in entry] for each in (moved, plain))
+    for mine, theirs in zip(*logs, strict=True):
         for key in ("swd/weight_decay", "swd/grad_rms", "grad_norm"):
-            assert mine.get(key) == pytest.approx(theirs.get(key), rel=1e-5)
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1), 1], ids=repr)
