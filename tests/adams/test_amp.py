@@ -72,20 +72,6 @@ def test_norm_of_clip_grad_norm_after_unscale(path, clip):
         pair.step_reference([[g * min(1.0, clip / (total + 1e-6)) for g in gradients[0]]])
 
 
-@every_path
-def test_norm_of_clip_grad_norm_on_scaled_gradients(path):
-    """Clipping what is still scaled is unusual, but the schedule must see what Adam sees."""
-    pair = LockStep(path=path)
-    scaled = Scaled(pair, unscale=False, clip=1.0)
-    for _ in range(5):
-        gradients, scale = pair.gradients(), scaled.scaler.get_scale()
-        total = scale * math.sqrt(sum(g.square().sum().item() for g in gradients[0]))
-        pair.set_gradients(gradients, scale)
-        scaled.step()
-        pair.rtol = 1e-6
-        pair.step_reference([[g * min(1.0, 1.0 / (total + 1e-6)) for g in gradients[0]]])
-
-
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("reference_steps", [0, 3], ids=lambda k: f"K{k}")
 @every_unscale
@@ -118,16 +104,6 @@ def test_overflow_at_the_first_step(path, unscale):
     # The schedule knows no gradient yet. A step that torch's GradScaler leaves out is no step, and shows nothing.
     assert group["weight_decay"] in (0.0, group["initial_weight_decay"])
     assert group["initial_weight_decay"] == HYPER["weight_decay"]
-    scaled.run(5)
-
-
-@every_path
-def test_overflow_is_not_remembered_as_clipped_norm(path):
-    pair = LockStep(path=path)
-    scaled = Scaled(pair, unscale=True, clip=1e6)
-    scaled.overflow(math.inf, where=0)
-    scaled.clip = None
-
     scaled.run(5)
 
 

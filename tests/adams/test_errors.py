@@ -48,7 +48,6 @@ GROUP_OPTIONS = [
     ("foreach", "auto", TypeError, r"foreach='auto'"),
     ("fused", "yes", TypeError, r"fused='yes'"),
     ("capturable", 2.5, TypeError, r"capturable=2\.5"),
-    ("differentiable", "x", TypeError, r"differentiable='x'"),
     ("differentiable", True, ValueError, r"differentiable=True"),
 ]
 CONSTRUCTOR_ONLY = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import io
 import math
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import weakref
 
 import pytest
 import torch
+from lockstep import OutOfMemory, through_file
 from reference_adams import rms_of_moments
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,8 +27,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_swd import AdamS, ScheduledWeightDecay
 
@@ -378,23 +376,6 @@ def test_number_of_its_own_is_the_moving_average_of_squared_norms(kind):
 # A step that raises
 
 
-class OutOfMemory(TorchDispatchMode):
-    """The operator that first writes to a parameter or its state fails; or the first of a name."""
-
-    def __init__(self, run, name=None):
-        super().__init__()
-        self.run, self.name = run, name
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and self.name in (None, func.overloadpacket.__name__):
-            held = [*self.run.params, *tree_leaves([*self.run.state.values()])]
-            storages = {t.untyped_storage().data_ptr() for t in held}
-            given = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            if any(t.untyped_storage().data_ptr() in storages for t in given):
-                raise torch.OutOfMemoryError("out of memory")
-        return func(*args, **(kwargs or {}))
-
-
 @adams_and_adamw
 @every_kernel
 @pytest.mark.parametrize("options", [{}, {"reference_steps": 5}, {"unclipped_norm": True, "max_grad_norm": 0.2}])
@@ -406,7 +387,7 @@ def test_step_that_raised_and_is_repeated_counts_once(kind, path, options, after
     run.give(after)
     weights = [p.detach().clone() for p in run.params]
     before = {key: value for key, value in run.optimizer.state_dict()["param_groups"][0].items() if key != "params"}
-    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(run):
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(run.optimizer):
         run.optimizer.step()
     left = run.optimizer.state_dict()["param_groups"][0]
     for key in ("schedule_step", "tried_steps", "second_moment_mean", "reference_rms", "weight_decay"):
@@ -428,7 +409,7 @@ def test_after_a_kernel_that_raised_halfway_the_moments_are_the_truth(kind):
     run = Scheduled(kind, path={"fused": True})
     run.steps(0, 4)
     run.give(4)
-    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(run, "_fused_adamw_"):
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(run.optimizer, "_fused_adamw_"):
         run.optimizer.step()
     run.steps(4, 6)
     run.check()
@@ -697,10 +678,7 @@ def of_0_1_0(run, own_sums=None):
         read = state["exp_avg_sq"].double().sum().item()
         own = mean * state["exp_avg_sq"].numel() * (1 - 0.999**step)
         state.update(second_moment_sum=own if run.schedule.unclipped_norm else read, second_moment_step=step)
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer)
+    return through_file(state_dict)
 
 
 @adams_and_adamw

@@ -6,7 +6,6 @@ from a checkpoint is the uninterrupted one, bit for bit.
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 import warnings
@@ -138,17 +137,6 @@ def test_lambda_assigned_before_a_save_is_that_of_the_checkpoint(owner):
     assert saved.state_dict["param_groups"][0]["weight_decay"] == 0.2
     run.load(saved, fresh=True)
     go_on(run)
-
-
-@owners
-def test_checkpoint_holds_the_users_lambda_and_plain_numbers(owner):
-    run = run_of(owner, reference_steps=2)
-    go_on(run)
-    for saved, value in zip(run.save().state_dict["param_groups"], (0.01, 0.05), strict=True):
-        decays = {saved[key] for key in ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")}
-        assert decays == {value}
-        assert type(saved["schedule_step"]) is type(saved["tried_steps"]) is int and saved["schedule_step"] == 3
-        assert type(saved["second_moment_mean"]) is type(saved["reference_rms"]) is float
 
 
 @owners
@@ -427,11 +415,3 @@ def test_low_bit_adamw_of_torchao_resumes_exactly(name):
             assert shown(straight) == shown(resumed), number
         for p, q in zip(weights, resumed.param_groups[0]["params"], strict=True):
             assert torch.equal(p, q)
-
-
-def test_copies_do_not_share_state():
-    run = run_of("adams")
-    go_on(run)
-    other = copy.deepcopy(run)
-    go_on(other)
-    go_on(run)

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
 from hf_utils import arguments, distance, flat, sentences, tiny_bert, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
@@ -366,65 +364,6 @@ def test_accelerator_with_its_own_clipping_keeps_it(tmp_path):
     assert seen == [0.1] * 6 and trainer.optimizer.optimizer.schedule.clip_statistics() == (0, 0)
 
 
-@pytest.mark.parametrize("subclass", [False, True])
-def test_unclipped_norm_in_the_stock_trainer(tmp_path, subclass):
-    """All steps are clipped, and the schedule follows the gradient all the same."""
-
-    class Later(Trainer):
-        def _inner_training_loop(self, *args, **kwargs):
-            return super()._inner_training_loop(*args, **kwargs)
-
-    settings = {"optim_args": "unclipped_norm=true", "logging_steps": 1, "max_grad_norm": 0.01}
-    first = training_logs(train(tmp_path, Later if subclass else Trainer, **settings))[0]
-    elements = sum(p.numel() for p in tiny_bert().parameters())
-    assert first[RMS] == pytest.approx(first["grad_norm"] / math.sqrt(elements), rel=1e-4)
-
-
-@both_trainers
-@pytest.mark.parametrize("looked_at", [None, "callback", "hook", "subclass"])
-def test_whoever_looks_at_gradients_sees_them_clipped(tmp_path, trainer_class, looked_at):
-    """Nobody looks: the clipping is left to the optimizer's kernel, which goes over the gradients anyway."""
-    seen = []
-
-    def look(model):
-        seen.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
-
-    class Look(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            look(model)
-
-    class Hook(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-            optimizer.optimizer.register_step_pre_hook(lambda *_: look(model))
-
-    class Subclass(trainer_class):
-        def _clip_grad_norm(self, model):
-            norm = super()._clip_grad_norm(model)
-            look(model)
-            return norm
-
-    class Passes(TorchDispatchMode):
-        names = ()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names += (func.overloadpacket.__name__,)
-            return func(*args, **(kwargs or {}))
-
-    if looked_at == "subclass" and not hasattr(Trainer, "_clip_grad_norm"):
-        pytest.skip(clipping_inside.kwargs["reason"])
-    callbacks = {"callback": [Look()], "hook": [Hook()]}.get(looked_at, [])
-    with Passes() as passes:
-        train(
-            tmp_path,
-            Subclass if looked_at == "subclass" else trainer_class,
-            max_grad_norm=0.01,
-            trainer_kwargs={"callbacks": callbacks},
-        )
-
-    assert seen == [pytest.approx(0.01, rel=1e-3)] * (6 if looked_at else 0)
-    assert ("_foreach_mul_" in passes.names) == bool(looked_at)
-
-
 @clipping_inside
 def test_accelerate_clips_when_the_optimizer_has_only_part_of_the_model(tmp_path):
     def run(trainer_class):
@@ -454,46 +393,6 @@ def test_norm_is_shared_with_frozen_parameters(tmp_path):
     own, ours = run(ClipsByItself), run(Trainer)
     assert distance(ours, own) < 1e-5
     assert ours.optimizer.optimizer.schedule.clip_statistics()[1] == 6
-
-
-def with_grad_scaler(trainer_class):
-    """fp16 training as accelerate arranges it, but not on a CPU: float32 arithmetic, and a real GradScaler."""
-
-    class WithGradScaler(trainer_class):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            self.accelerator.state._mixed_precision = "fp16"
-            self.accelerator.native_amp = True
-            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
-
-        def compute_loss(self, *args, **kwargs):
-            return 16 * super().compute_loss(*args, **kwargs)
-
-    return WithGradScaler
-
-
-@clipping_inside
-def test_gradients_are_unscaled_before_they_are_clipped(tmp_path):
-    class ClipsByAccelerate(Trainer):
-        """By the accelerator's class, which unscales, and knows nothing of the schedule."""
-
-        def _clip_grad_norm(self, model):
-            return Accelerator.clip_grad_norm_(self.accelerator, model.parameters(), self.args.max_grad_norm)
-
-    try:
-        own, ours = (
-            train(tmp_path, with_grad_scaler(cls), max_grad_norm=0.1, max_steps=12)
-            for cls in (ClipsByAccelerate, Trainer)
-        )
-    finally:
-        AcceleratorState._reset_state(True)
-    assert own.accelerator.scaler.get_scale() < 2.0**127  # the first steps overflowed and were skipped
-    schedule = ours.optimizer.optimizer.schedule
-    assert schedule.step_count == own.optimizer.optimizer.schedule.step_count < 12
-    assert schedule.clip_statistics()[1] == 12
-    assert torch.isfinite(weights(ours)).all()
-    assert distance(ours, own) < 1e-5
 
 
 @clipping_inside
