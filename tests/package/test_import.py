@@ -143,6 +143,7 @@ PACKAGES = {
     "param_groups": {"typing_extensions"},  # of type checkers only
     "engines.zero": {"deepspeed", "packaging"},
     "trainer": {"accelerate", "transformers"},
+    "trainer.watch": {"tqdm"},  # which transformers needs, too
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
     "commands.advise": {"matplotlib"},
