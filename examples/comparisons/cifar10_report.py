@@ -106,7 +106,8 @@ def plot(runs: list[Run], path: Path, scale: str) -> None:
                 continue
             epochs = [rows[0]["epoch"] for rows in points]
             values = [[row[key] for row in rows] for rows in points]
-            style = {**styles[index], "linewidth": 1.5}
+            # Thinner and thinner, so that a line on another leaves it visible.
+            style = {**styles[index], "linewidth": max(2.6 - 0.4 * index, 1)}
             style |= {"marker": "osD^v"[index % 5], "markersize": 3} if len(epochs) <= 15 else {}
             axes.plot(epochs, [*map(statistics.fmean, values)], label=optimizer.label, **style)
             axes.fill_between(epochs, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, lw=0)

@@ -131,8 +131,8 @@ def test_verdict_says_in_three_sentences_what_decided():
         loss_row("adams:reference_steps=100", 2.0, 42, 1.928, grad_norm=2.523),
     ]
     assert verdict(results(rows, LOSS)) == [
-        "Validation loss at the end (lower is better): AdamW 0.1: 2.11 (it overfits: 1.97 at its best), AdamW 2: 1.90, "
-        "AdamS 2: 1.93.",
+        "Validation loss at the end (lower is better): AdamW 0.1: 2.11 (it overfits: 1.97 at its best), AdamW 2: "
+        "1.90, AdamS 2: 1.93.",
         "AdamS 2 ended with a gradient norm 13 % lower than AdamW 2.",
         "The strength of the decay decides here (a difference of 0.22), not its schedule (0.031). One seed each: "
         "small differences may be chance.",

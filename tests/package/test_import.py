@@ -143,6 +143,7 @@ PACKAGES = {
     "engines.zero": {"deepspeed"},
     "engines.refusals": {"packaging"},
     "trainer": {"accelerate", "transformers"},
+    "trainer.watch": {"tqdm"},  # which transformers needs, too
     "registration": {"transformers"},
     "commands.plot": {"matplotlib"},
     "commands.plot_decay": {"matplotlib"},
