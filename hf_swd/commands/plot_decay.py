@@ -46,7 +46,7 @@ def plot_against_decay(
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
     proposal = advice.proposal
-    best = (max if advice.metric.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+    best = advice.metric.best(settings)
     if proposal.optimum is not None and proposal.gain is not None:
         place = decays.index(best.weight_decay)
         left, right = (math.log(decay) for decay in (decays[place - 1], decays[place + 1]))
