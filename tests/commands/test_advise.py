@@ -211,6 +211,14 @@ def test_parabola_finds_the_optimum_of_a_parabola():
     assert propose([at(8), at(0.5), at(1)]).weight_decay == 1.7
 
 
+def test_decays_too_weak_to_matter_do_not_widen_the_parabola():
+    """A hundredth of the least that matters is as good as none, and as that least."""
+    weak, least = (Tried(decay, 2.2, total=decay) for decay in (0.001, 0.1))
+    strong = [Tried(2.0, 1.6, total=2.0), Tried(4.0, 1.8, total=4.0)]
+    assert propose([weak, *strong]) == propose([least, *strong])
+    assert propose([weak, *strong]).optimum > 0.5 > parabola(weak, *strong)[0]
+
+
 def test_best_of_a_grid_is_refined_and_the_table_shows_it(tmp_path):
     text = said(*grid(tmp_path, {0.5: 2.0, 8.0: 2.2, 2.0: 1.9}))
     assert "| 0.5 | 0.5 | 1 | 2 | 2 | 1.3 |\n| 2 | 2 | 1 | 1.9 | 1.9 | 1.235 |\n| 8 | 8 | 1 | 2.2 |" in text
