@@ -116,7 +116,8 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     proposal = _propose(settings, best, judge, noise)
     lines = [_head(same), *others]
     if len(same) > 1:
-        lines += [*_table(settings, judge), f"{source} Of the best, weight decay {best.weight_decay:g}:"]
+        lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
+        lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
     lines += [*_fit_of(best.runs[0]), *_decay_of(best.runs[0]), *_conclusion(proposal, best, noise)]
     chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
     return Advice([*lines, _arguments(best.runs[0], chosen)], judge, settings, proposal)
@@ -274,6 +275,24 @@ def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:
         means = [_mean(mean_decay(run) for run in runs), *(_mean(map(m.of, runs)) for m in (last, best))]
         cells = ["" if mean is None else f"{mean:.4g}" for mean in (*means, _mean(map(_last_loss, runs)))]
         lines.append(f"| {setting.weight_decay:g} | {cells[0]} | {len(runs)} | {' | '.join(cells[1:])} |")
+    return lines
+
+
+def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -> list[str]:
+    """Other metrics by which another weight decay is the best, and not by noise."""
+    runs = [run for setting in settings for run in setting.runs]
+    keys = {key for run in runs for entry in run.evaluations for key in entry if key.startswith("eval_")}
+    lines = []
+    for key in sorted(keys - {metric.key}):
+        other = Metric(key, not key.endswith(_LESS_IS_BETTER), metric.at_best)
+        judged = [] if key.endswith(("_runtime", "_per_second", "_time")) else _settings(runs, other)
+        same = next((setting.mean for setting in judged if setting.weight_decay == best.weight_decay), None)
+        if same is not None and (found := other.best(judged)).weight_decay != best.weight_decay:
+            if abs(found.mean - same) > CONSTANTS.noise * abs(same):
+                better = (
+                    f"{found.weight_decay:g} is the best ({found.mean:.4g}), not {best.weight_decay:g} ({same:.4g})"
+                )
+                lines.append(f"By {key}, {better}: --metric {key.removeprefix('eval_')} decides by it.")
     return lines
 
 

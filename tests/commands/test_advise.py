@@ -291,6 +291,18 @@ def test_load_best_model_at_end_judges_by_the_best_of_its_metric(tmp_path):
     assert [s.mean for s in advise(folders, "loss").settings] == [1.0, 1.0, 1.0]
 
 
+def test_metric_that_speaks_for_another_decay_is_named(tmp_path):
+    """A decay that makes a classifier less sure of itself lowers its loss, and may cost accuracy."""
+    folders = [
+        write(tmp_path / f"{decay}", [{"eval_loss": loss, "eval_accuracy": accuracy}], weight_decay=decay, **ADAMW)
+        for decay, loss, accuracy in ((0.1, 2.2, 0.485), (79.0, 1.6, 0.41))
+    ]
+    assert "By eval_accuracy, 0.1 is the best (0.485), not 79 (0.41): --metric accuracy decides by it." in said(
+        *folders
+    )
+    assert "By eval_loss, 79 is the best (1.6), not 0.1 (2.2)" in said(*folders, metric="accuracy")
+
+
 def test_metric_that_no_run_has_is_named(tmp_path):
     run = write(tmp_path, [2.0], weight_decay=0.1, **ADAMW)
     with pytest.raises(ValueError, match="metric='bleu': no run has it; they have eval_loss"):
