@@ -45,6 +45,9 @@ class Metric:
             return math.nan
         return float((max if self.greater_is_better else min)(values) if self.at_best else values[-1])
 
+    def best(self, settings: Sequence[Setting]) -> Setting:
+        return (max if self.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -105,12 +108,16 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
         why = "No weight decay can be judged: no evaluation with a known weight_decay is in the log (eval_strategy)."
         lines = [_head(same), *others, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)]
         return Advice(lines, judge, [], None)
-    best = (max if judge.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+    judged = {id(run) for setting in settings for run in setting.runs}
+    lost = f"no finite {judge.key}, or no known weight_decay"
+    others += [f"Left out: {run.path} ({lost})." for run in same if id(run) not in judged]
+    best = judge.best(settings)
     noise, source = _noise(settings)
     proposal = _propose(settings, best, judge, noise)
     lines = [_head(same), *others]
     if len(same) > 1:
-        lines += [*_table(settings, judge), f"{source} Of the best, weight decay {best.weight_decay:g}:"]
+        lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
+        lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
     lines += [*_fit_of(best.runs[0]), *_decay_of(best.runs[0]), *_conclusion(proposal, best, noise)]
     chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
     return Advice([*lines, _arguments(best.runs[0], chosen)], judge, settings, proposal)
@@ -177,8 +184,7 @@ def _noise(settings: Sequence[Setting]) -> tuple[float, str]:
 
 
 def _propose(settings: Sequence[Setting], best: Setting, metric: Metric, noise: float) -> Proposal:
-    sign = -1 if metric.greater_is_better else 1
-    tried = [_tried(setting, sign) for setting in settings if setting.weight_decay > 0]
+    tried = [_tried(setting, metric) for setting in settings if setting.weight_decay > 0]
     if best.weight_decay > 0:
         return propose(tried, noise / math.sqrt(len(best.values)))
     overfits = (_mean(_rise(run) for run in best.runs) or 0) > CONSTANTS.rise
@@ -188,15 +194,11 @@ def _propose(settings: Sequence[Setting], best: Setting, metric: Metric, noise: 
     return Proposal(CONSTANTS.total / rate, "the model overfits, without weight decay")
 
 
-def _tried(setting: Setting, sign: int) -> Tried:
-    runs = setting.runs
-    return Tried(
-        setting.weight_decay,
-        sign * setting.mean,
-        total=_mean(map(total, runs)),
-        gap=_mean(map(_gap, runs)),
-        rise=_mean(map(_rise, runs)),
-    )
+def _tried(setting: Setting, metric: Metric) -> Tried:
+    loss, runs = -setting.mean if metric.greater_is_better else setting.mean, setting.runs
+    # Other metrics waver from one evaluation to the next, so that their last is below their best, overfitted or not.
+    rise = _mean(map(_rise, runs)) if metric.key.endswith("loss") else None
+    return Tried(setting.weight_decay, loss, _mean(map(total, runs)), _mean(map(_gap, runs)), rise)
 
 
 def _mean(values: Any) -> float | None:
@@ -247,19 +249,15 @@ def _rise(run: TrainingLog) -> float | None:
 
 def _head(runs: Sequence[TrainingLog]) -> str:
     first = runs[0]
-    facts = [f"{first.last_step} steps", first.optim or "unknown optimizer"]
-    if first.epochs is not None:
-        facts.insert(1, f"{first.epochs:.3g} passes over the training data")
-    if first.num_parameters:
-        facts.append(f"{first.num_parameters / 1e6:.3g} M saved parameters")
+    passes = "" if first.epochs is None else f", {first.epochs:.3g} passes over the training data"
+    size = f", {first.num_parameters / 1e6:.3g} M saved parameters" if first.num_parameters else ""
+    name, decay = f"{len(runs)} runs that differ in weight decay and seed at most", ""
     if len(runs) == 1:
-        decay = "unknown weight_decay" if first.weight_decay is None else f"weight_decay={first.weight_decay:g}"
-        facts.append(decay)
-    name = str(first.path) if len(runs) == 1 else f"{len(runs)} runs that differ in weight decay and seed at most"
-    broken = [
-        f" {run.path}: logs from step {run.broken_from} on are NaN or infinite." for run in runs if run.broken_from
-    ]
-    return f"{name}: {', '.join(facts)}.{''.join(broken)}"
+        name = str(first.path)
+        decay = ", weight_decay=" + ("unknown" if first.weight_decay is None else f"{first.weight_decay:g}")
+    broken = [f" {run.path}: NaN or infinite from step {run.broken_from} on." for run in runs if run.broken_from]
+    optim = first.optim or "unknown optimizer"
+    return f"{name}: {first.last_step} steps{passes}, {optim}{size}{decay}.{''.join(broken)}"
 
 
 def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:
@@ -280,6 +278,24 @@ def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:
     return lines
 
 
+def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -> list[str]:
+    """Other metrics by which another weight decay is the best, and not by noise."""
+    runs = [run for setting in settings for run in setting.runs]
+    keys = {key for run in runs for entry in run.evaluations for key in entry if key.startswith("eval_")}
+    lines = []
+    for key in sorted(keys - {metric.key}):
+        other = Metric(key, not key.endswith(_LESS_IS_BETTER), metric.at_best)
+        judged = [] if key.endswith(("_runtime", "_per_second", "_time")) else _settings(runs, other)
+        same = next((setting.mean for setting in judged if setting.weight_decay == best.weight_decay), None)
+        if same is not None and (found := other.best(judged)).weight_decay != best.weight_decay:
+            if abs(found.mean - same) > CONSTANTS.noise * abs(same):
+                better = (
+                    f"{found.weight_decay:g} is the best ({found.mean:.4g}), not {best.weight_decay:g} ({same:.4g})"
+                )
+                lines.append(f"By {key}, {better}: --metric {key.removeprefix('eval_')} decides by it.")
+    return lines
+
+
 def mean_decay(run: TrainingLog) -> float | None:
     """Weighted by the learning rate: the constant decay that would shrink the weights as much."""
     whole, rates = total(run), sum_of_rates(run)
@@ -288,26 +304,18 @@ def mean_decay(run: TrainingLog) -> float | None:
 
 def _fit_of(run: TrainingLog) -> list[str]:
     losses, rise, gap, loss = _eval_losses(run), _rise(run), _gap(run), _last_loss(run)
-    if not losses:
-        return ["Whether it overfits is not known: eval_loss was not logged (eval_strategy)."]
-    lines = []
     if rise is None:
-        lines.append("Whether its evaluation loss rises is not known: one evaluation (eval_strategy, eval_steps).")
-    elif rise > CONSTANTS.rise:
+        return ["Whether it overfits is not known: eval_loss was logged fewer than twice (eval_strategy, eval_steps)."]
+    lines = [f"The evaluation loss fell to the end ({losses[-1][1]:.4g}), or nearly."]
+    if rise > CONSTANTS.rise:
         step, least = min(losses, key=lambda one: one[1])
-        trained = [one["loss"] for one in run.entries if "loss" in one and one["step"] <= step]
-        went = f", while the training loss went from {trained[-1]:.4g} to {loss:.4g}" if trained and loss else ""
-        lines.append(
-            f"It overfits: the evaluation loss was lowest at step {step} ({least:.4g}), and has risen to "
-            f"{losses[-1][1]:.4g} since{went}."
-        )
-    else:
-        lines.append(f"The evaluation loss fell to the end ({losses[-1][1]:.4g}), or nearly.")
+        trained = [entry["loss"] for entry in run.entries if "loss" in entry and entry["step"] <= step]
+        went = f", while the training loss went from {trained[-1]:.4g} to {loss:.4g}" if trained else ""
+        rose = f"was lowest at step {step} ({least:.4g}), and has risen to {losses[-1][1]:.4g} since"
+        lines = [f"It overfits: the evaluation loss {rose}{went}."]
     if gap is not None:
-        lines.append(
-            f"The training loss ends {100 * gap:.0f} % below it; at the best weight decay of other tasks that was "
-            f"about {100 * CONSTANTS.gap:.0f} %."
-        )
+        usual = f"at the best weight decay of other tasks that was about {100 * CONSTANTS.gap:.0f} %"
+        lines.append(f"The training loss ends {100 * gap:.0f} % below it; {usual}.")
     elif run.epochs is not None and run.epochs <= 1:
         lines.append("No sample was seen twice, so there is little that it could have learnt by heart.")
     return lines

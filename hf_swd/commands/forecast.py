@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,12 @@ def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> P
 
 
 def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
+    if below.total and best.total and below.total < constants.matters < best.total:
+        # All that is too weak to matter is one: it stands where it begins to matter.
+        below = replace(below, weight_decay=below.weight_decay * constants.matters / below.total)
     optimum, gain = parabola(below, best, above)
     room = above.weight_decay / best.weight_decay
-    if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _SAME**2:
+    if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _LEAST:
         decay = best.weight_decay * _factor(best, constants, _SAME, math.sqrt(room))
         return Proposal(_rounded(decay), "the best so far still overfits", optimum, gain)
     if gain < noise or 1 / _SAME < optimum / best.weight_decay < _SAME:

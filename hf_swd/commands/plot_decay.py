@@ -46,15 +46,15 @@ def plot_against_decay(
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
     proposal = advice.proposal
-    best = (max if advice.metric.greater_is_better else min)(settings, key=lambda setting: setting.mean)
+    best = advice.metric.best(settings)
     if proposal.optimum is not None and proposal.gain is not None:
         place = decays.index(best.weight_decay)
         left, right = (math.log(decay) for decay in (decays[place - 1], decays[place + 1]))
         vertex = math.log(proposal.optimum)
         sign = -1 if advice.metric.greater_is_better else 1
         lowest = best.mean - sign * proposal.gain
-        # Through the vertex and one of the neighbours, whichever is further from it.
-        end = max((place - 1, place + 1), key=lambda i: abs(math.log(decays[i]) - vertex))
+        # Through the vertex and one of its points, whichever is further from it.
+        end = max((place, place + 1), key=lambda i: abs(math.log(decays[i]) - vertex))
         curvature = (means[end] - lowest) / (math.log(decays[end]) - vertex) ** 2
         points = [left + (right - left) * i / 100 for i in range(101)]
         parabola = [lowest + curvature * (x - vertex) ** 2 for x in points]

@@ -48,7 +48,8 @@ def rounding_warning(optimizer: torch.optim.Optimizer) -> str | None:
     return (
         f"rounding swallows {100 * min(lost, 1.0):.0f} % of the weight decay: the weights have few digits, and a step "
         "changes them by less than the distance of two numbers. Load the model in float32 "
-        '(dtype="float32") and train with bf16=True'
+        '(dtype="float32") and train with bf16=True, or round at random (optim_args="base=adamw_torch_8bit,'
+        'bf16_stochastic_round=true,..."; torchao)'
     )
 
 

@@ -153,20 +153,20 @@ def test_unclipped_norm_is_told_in_words_only(tmp_path):
 
 def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
     unknown = said(write(tmp_path / "unknown", [2.0, 1.9]))
-    assert "unknown optimizer" in unknown and "unknown weight_decay" in unknown
+    assert "unknown optimizer" in unknown and "weight_decay=unknown" in unknown
     sgd = said(write(tmp_path / "sgd", [2.0, 1.9], **{**ADAMW, "optim": "sgd", "weight_decay": 0.1}))
     assert "sgd is not known to have decoupled decay" in sgd
     blind = said(write(tmp_path / "blind", [], weight_decay=0.1, **ADAMW))
     assert "no evaluation with a known weight_decay is in the log (eval_strategy)" in blind
     assert blind.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 0.1"
     once = said(write(tmp_path / "once", [1.9], weight_decay=0.1, **ADAMW))
-    assert "Whether its evaluation loss rises is not known" in once
+    assert "Whether it overfits is not known" in once
 
 
 def test_log_that_becomes_nan_says_from_where(tmp_path):
     losses = [1.0] * 5 + [math.nan] * 5
     text = said(write(tmp_path, [2.0, 1.9], losses, weight_decay=0.1, **ADAMW))
-    assert "logs from step 120 on are NaN or infinite." in text
+    assert "NaN or infinite from step 120 on." in text
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
@@ -211,11 +211,27 @@ def test_parabola_finds_the_optimum_of_a_parabola():
     assert propose([at(8), at(0.5), at(1)]).weight_decay == 1.7
 
 
+def test_decays_too_weak_to_matter_do_not_widen_the_parabola():
+    """A hundredth of the least that matters is as good as none, and as that least."""
+    weak, least = (Tried(decay, 2.2, total=decay) for decay in (0.001, 0.1))
+    strong = [Tried(2.0, 1.6, total=2.0), Tried(4.0, 1.8, total=4.0)]
+    assert propose([weak, *strong]) == propose([least, *strong])
+    assert propose([weak, *strong]).optimum > 0.5 > parabola(weak, *strong)[0]
+
+
 def test_best_of_a_grid_is_refined_and_the_table_shows_it(tmp_path):
     text = said(*grid(tmp_path, {0.5: 2.0, 8.0: 2.2, 2.0: 1.9}))
     assert "| 0.5 | 0.5 | 1 | 2 | 2 | 1.3 |\n| 2 | 2 | 1 | 1.9 | 1.9 | 1.235 |\n| 8 | 8 | 1 | 2.2 |" in text
     assert re.search(r"A parabola .* has its optimum at 1.4\d, better by 0.01\d; the noise is 0.01\.", text)
     assert proposed(text) == pytest.approx(1.45, abs=0.06)
+
+
+def test_run_whose_evaluation_is_nan_is_named(tmp_path):
+    folders = grid(tmp_path, {0.5: 2.0, 2.0: 1.9})
+    diverged = write(tmp_path / "diverged", [2.0, math.nan], [1.3] * 10, weight_decay=8.0, **ADAMW)
+    advice = advise([*folders, diverged])
+    assert f"Left out: {diverged} (no finite eval_loss, or no known weight_decay)." in advice.lines
+    assert [setting.weight_decay for setting in advice.settings] == [0.5, 2.0]
 
 
 def test_seeds_are_averaged_and_what_they_differ_by_ends_the_search(tmp_path):
@@ -273,6 +289,18 @@ def test_load_best_model_at_end_judges_by_the_best_of_its_metric(tmp_path):
     assert "Compared by eval_f1 at its best, as load_best_model_at_end takes it; more is better." in advice.lines
     assert 0.5 < advice.proposal.optimum < 2.0
     assert [s.mean for s in advise(folders, "loss").settings] == [1.0, 1.0, 1.0]
+
+
+def test_metric_that_speaks_for_another_decay_is_named(tmp_path):
+    """A decay that makes a classifier less sure of itself lowers its loss, and may cost accuracy."""
+    folders = [
+        write(tmp_path / f"{decay}", [{"eval_loss": loss, "eval_accuracy": accuracy}], weight_decay=decay, **ADAMW)
+        for decay, loss, accuracy in ((0.1, 2.2, 0.485), (79.0, 1.6, 0.41))
+    ]
+    assert "By eval_accuracy, 0.1 is the best (0.485), not 79 (0.41): --metric accuracy decides by it." in said(
+        *folders
+    )
+    assert "By eval_loss, 79 is the best (1.6), not 0.1 (2.2)" in said(*folders, metric="accuracy")
 
 
 def test_metric_that_no_run_has_is_named(tmp_path):
