@@ -458,7 +458,7 @@ class MovesMoments(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         for values in optimizer.state.values():
-            values.update({key: value.clone() for key, value in values.items() if isinstance(value, torch.Tensor)})
+            values.update({key: values[key].clone() for key in ("exp_avg", "exp_avg_sq")})
 
 
 @pytest.mark.parametrize("unclipped", ["false", "true"])
