@@ -27,11 +27,11 @@ class AdamSOptions(TypedDict, total=False):
     amsgrad: bool
     reference_steps: int
     unclipped_norm: bool
+    max_grad_norm: float
     process_group: ProcessGroup | None
     maximize: bool
     foreach: bool | None
     capturable: bool
-    differentiable: bool
     fused: bool | None
 
 

@@ -38,12 +38,15 @@ Group = dict[str, Any]
 
 def complete(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
     """Give groups that were added, or loaded, what they lack: what other groups hold, else what a new run has."""
-    if all("tried_steps" in group for group in groups):
+    lacking = [group for group in groups if "tried_steps" not in group]
+    if not lacking:
         return
-    first = {**{key: defaults[key] for key in OPTIONS}, **NUMBERS}
-    shared = {key: value_in(groups, key, value) for key, value in first.items()}
-    for group in groups:
-        for key, value in (*shared.items(), *dict.fromkeys(_DECAYS, group["weight_decay"]).items()):
+    holder = next((group for group in groups if "tried_steps" in group), None)
+    for group in lacking:
+        if holder is not None:
+            group.update({key: holder[key] for key in (*OPTIONS, *NUMBERS)})
+        own = {**{key: defaults[key] for key in OPTIONS}, **NUMBERS, **dict.fromkeys(_DECAYS, group["weight_decay"])}
+        for key, value in own.items():
             group.setdefault(key, value)
 
 

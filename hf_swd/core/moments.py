@@ -74,8 +74,8 @@ class MomentReader:
             grad_scale (0-d `Tensor`, *optional*): what the gradients are to be divided by (a GradScaler's).
 
         Returns:
-            `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias (for AMSGrad, what the
-            maxima will be); what the gradients add to it; the step count, this step included.
+            `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias; what the gradients add to
+            it (for AMSGrad, what the maxima will be beyond it); the step count, this step included.
         """
         steps = _vector([param.state.get("step", 0.0) for param in params]).to(squares) + 1
         betas = _vector([param.beta2 for param in params]).to(squares)
@@ -87,8 +87,7 @@ class MomentReader:
         for i, param in enumerate(params):
             if param.amsgrad:
                 # At least what the moments add up to: in float16 the maxima underflow to 0.
-                old[i] = torch.maximum(old[i] + new[i], _maximum_sum(param, grad_scale).to(squares) / correction[i])
-                new[i] = 0.0
+                new[i] = torch.maximum(new[i], _maximum_sum(param, grad_scale).to(squares) / correction[i] - old[i])
         return torch.stack([old, new, steps], dim=1)
 
 

@@ -84,7 +84,7 @@ def advance(before: Numbers, totals: StepTotals, *, clip: Tensor | None, referen
         difference = (old_mean - read.old_mean).abs()
         is_right = ~torch.as_tensor(read.is_complete, device=mean.device)
         if read.tolerance:
-            is_right = is_right | (difference <= read.tolerance * read.old_mean)
+            is_right = is_right | (difference < read.tolerance * read.old_mean)  # not where that is infinite
             # Before this step; what stays if the step is skipped, as the next one need not read.
             mean = torch.where(is_right | (old_mean == read.old_mean), mean, read.old_mean / totals.old_weight)
         # After another optimizer's moments, its steps count.

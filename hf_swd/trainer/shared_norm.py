@@ -59,8 +59,10 @@ def shared_norm(trainer: Trainer) -> Iterator[None]:
         return _clip_with_schedule(trainer, schedule, parameters, max_norm)
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: int = 2) -> Any:
+        if schedule_of(trainer.optimizer) is None or norm_type != 2:
+            return clip(parameters, max_norm, norm_type)
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        norm = shared(parameters, max_norm) if norm_type == 2 else None
+        norm = shared(parameters, max_norm)
         return clip(parameters, max_norm, norm_type) if norm is None else norm
 
     def mixed_mesh_grad_norm(model: nn.Module, max_norm: float) -> Any:
