@@ -87,7 +87,8 @@ class MomentReader:
         for i, param in enumerate(params):
             if param.amsgrad:
                 # At least what the moments add up to: in float16 the maxima underflow to 0.
-                new[i] = torch.maximum(new[i], _maximum_sum(param, grad_scale).to(squares) / correction[i] - old[i])
+                maximum = _maximum_sum(param, grad_scale).to(squares) / correction[i]
+                new[i] = torch.maximum(new[i], maximum - old[i])
         return torch.stack([old, new, steps], dim=1)
 
 

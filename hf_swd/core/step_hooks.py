@@ -37,7 +37,7 @@ def drive(schedule: WeightDecaySchedule) -> None:
     optimizer = schedule.optimizer
     first = optimizer.register_step_post_hook(post_hook)
     # Whoever saves the state in a hook of his own saves what belongs to the moments that are there.
-    optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)
+    optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
     schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), first]
 
 
