@@ -32,6 +32,7 @@ class AdamSOptions(TypedDict, total=False):
     maximize: bool
     foreach: bool | None
     capturable: bool
+    differentiable: bool
     fused: bool | None
 
 

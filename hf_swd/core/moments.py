@@ -3,6 +3,7 @@ does not hold."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ class MomentReader:
             if param.amsgrad:
                 # At least what the moments add up to: in float16 the maxima underflow to 0.
                 maximum = _maximum_sum(param, grad_scale).to(squares) / correction[i]
-                new[i] = torch.maximum(new[i], maximum - old[i])
+                new[i] = torch.where(old[i] == math.inf, 0.0, torch.maximum(new[i], maximum - old[i]))
         return torch.stack([old, new, steps], dim=1)
 
 

@@ -316,7 +316,7 @@ def test_metrics_are_those_of_the_model(npz, tmp_path):
     (row,) = train(run)
     # One step of full batch: the training loss is that of the initial weights.
     torch.manual_seed(0)
-    model = vgg16(2)
+    model = vgg16(8)
     data = load_cifar10(npz)["train"]
     logits = model(normalise(data[0]))
     assert row["train_loss"] == pytest.approx(nn.functional.cross_entropy(logits, data[1]).item(), rel=1e-4)
