@@ -77,12 +77,13 @@ class Contender:
     name: str
     build: Callable[[list[Parameter]], torch.optim.Optimizer]
     reference: str
-    own_clipping: bool = False  # clip_grad_norm_ of the optimizer, inside the step; else torch's
+    own_clipping: bool = False  # the optimizer's option max_grad_norm, inside the step; else torch's
     heavy: bool = False  # left out of the suites that grow
 
     def step(self, optimizer: torch.optim.Optimizer, params: list[Parameter], clip: bool) -> None:
-        if clip and self.own_clipping:
-            optimizer.clip_grad_norm_(MAX_NORM, defer=True)
+        if self.own_clipping:
+            for group in optimizer.param_groups:
+                group["max_grad_norm"] = MAX_NORM if clip else 0.0
         elif clip:
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
         optimizer.step()

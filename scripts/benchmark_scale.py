@@ -80,19 +80,16 @@ def contenders(params: list[Parameter]) -> dict[str, dict[str, Callable[[], obje
     """A step of each optimizer, as a loop and as a Trainer make it with clipping; the moments belong to both."""
     adamw = torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
     adams = AdamS(params, lr=LR, weight_decay=DECAY)
-    share_moments([adamw, adams], params)
+    clipping_adams = AdamS(params, lr=LR, weight_decay=DECAY, max_grad_norm=MAX_NORM)
+    share_moments([adamw, adams, clipping_adams], params)
 
     def clip_and_step_adamw() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
         adamw.step()
 
-    def clip_and_step_adams() -> None:
-        adams.clip_grad_norm_(MAX_NORM, defer=True)
-        adams.step()
-
     return {
         "step": {BASELINE: adamw.step, ADAMS: adams.step},
-        "clip": {BASELINE: clip_and_step_adamw, ADAMS: clip_and_step_adams},
+        "clip": {BASELINE: clip_and_step_adamw, ADAMS: clipping_adams.step},
     }
 
 

@@ -75,8 +75,8 @@ class MomentReader:
             grad_scale (0-d `Tensor`, *optional*): what the gradients are to be divided by (a GradScaler's).
 
         Returns:
-            `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias; what the gradients add to
-            it (for AMSGrad, what the maxima will be beyond it); the step count, this step included.
+            `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias; what the gradients
+            add to it (for AMSGrad, what the maxima will be beyond it); the step count, this step included.
         """
         steps = _vector([param.state.get("step", 0.0) for param in params]).to(squares) + 1
         betas = _vector([param.beta2 for param in params]).to(squares)
