@@ -272,8 +272,8 @@ class WeightDecaySchedule:
                 raise RuntimeError(
                     "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. "
                     "Let the optimizer clip, by its option max_grad_norm (max_grad_norm=inf where nothing is to be "
-                    "clipped), or a Trainer in which no callback, hook or subclass looks at gradients before the step; "
-                    "where nothing is clipped, leave unclipped_norm out"
+                    "clipped), or a Trainer in which no callback, hook or subclass looks at gradients before the "
+                    "step; where nothing is clipped, leave unclipped_norm out"
                 )
         return gradient
 
