@@ -145,10 +145,15 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], defaults: 
     return groups
 
 
-def without_old_entries(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The states of a checkpoint without what hf_swd 0.1.0 kept there."""
+def adapted_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states of a checkpoint without what hf_swd 0.1.0 kept there, and with a step count of its own for each
+    parameter: FSDP1 gives one tensor to all that were flattened together, which Adam would then increment for each."""
     return {
-        param: {key: value for key, value in values.items() if key not in _OF_0_1_0}
+        param: {
+            key: value.clone() if key == "step" and isinstance(value, Tensor) else value
+            for key, value in values.items()
+            if key not in _OF_0_1_0
+        }
         if isinstance(values, Mapping)
         else values
         for param, values in state.items()

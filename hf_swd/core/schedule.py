@@ -341,7 +341,7 @@ class WeightDecaySchedule:
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         groups = group_state.adapted_for_loading(self._groups, state_dict["param_groups"], self.optimizer.defaults)
-        return {"state": group_state.without_old_entries(state_dict["state"]), "param_groups": groups}
+        return {"state": group_state.adapted_state(state_dict["state"]), "param_groups": groups}
 
     def loaded(self) -> None:
         """Groups and state are those of a checkpoint."""

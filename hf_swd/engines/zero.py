@@ -97,6 +97,8 @@ class ZeroGradient(GradientSource):
         self._num_elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group)
         self._in_new_step = False
         self._must_read = True
+        self._steps_of_others = 0.0
+        """Steps in Adam's count, and so in its bias correction, that the schedule has not seen."""
         for method, before in (("step", self._begin), ("load_state_dict", self.refresh)):
             setattr(zero_optimizer, method, _preceded(getattr(zero_optimizer, method), before))
 
@@ -129,9 +131,9 @@ class ZeroGradient(GradientSource):
         if not unclipped and clip > 0:
             norm = norm / ((norm + 1e-6) / clip).clamp(min=1)  # as DeepSpeed does it in the step, after this
         beta2 = float(self._base.param_groups[0]["betas"][1])
-        old_weight, new_weight = recurrence_weights(beta2, before.schedule_step + 1)
         num_elements = torch.full_like(norm, self._num_elements)
         reading = self._read(beta2, before, norm.square()) if self._must_read and not unclipped else None
+        old_weight, new_weight = recurrence_weights(beta2, before.schedule_step + self._steps_of_others + 1)
         return StepTotals(norm.square(), num_elements, old_weight, new_weight, reading)
 
     def _read(self, beta2: float, before: Numbers, square: Tensor) -> Reading:
@@ -145,6 +147,8 @@ class ZeroGradient(GradientSource):
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, local)
         step = max(step for _, step in ranks) + 1
+        seen = float(before.schedule_step)
+        self._steps_of_others = step - 1 - seen if seen else 0.0  # a new schedule takes all of them for its own
         correction = self._num_elements * (1 - beta2**step)
         return Reading(
             old_mean=torch.full_like(square, beta2 * math.fsum(total for total, _ in ranks) / correction),
@@ -152,7 +156,7 @@ class ZeroGradient(GradientSource):
             step=torch.full_like(square, step),
             is_complete=True,
             # On CPU, DeepSpeed's float32 norms are off by so much.
-            tolerance=5e-3 if before.schedule_step == step - 1 else 0.0,
+            tolerance=5e-3 if seen == step - 1 else 0.0,
         )
 
     def norm(self, groups: list[GroupGradients]) -> Tensor:
