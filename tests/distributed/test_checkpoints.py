@@ -116,8 +116,8 @@ def test_deepspeed_in_bf16_against_its_own_uninterrupted_run(results: Results) -
     ],
 )
 def test_moments_of_low_precision_make_no_jump(results: Results) -> None:
-    # The moments themselves lose 3 digits, and with them the weights; the running total in the groups does not.
-    check_resumed(results, reference(), tolerance=2e-3)
+    # The moments lose 3 digits, and with them the weights and the mean that is read from them.
+    check_resumed(results, reference(), tolerance=2e-3, decay_tolerance=1e-3)
 
 
 @pytest.mark.parametrize(
