@@ -68,9 +68,15 @@ class GradientSource(ABC):
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
         return True
 
+    @property
     @abstractmethod
+    def _optimizer(self) -> Optimizer:
+        """Whose steps these are."""
+
     def device(self) -> torch.device:
-        """Where numbers of the whole model are."""
+        """Where numbers of the whole model are: beside the parameters."""
+        params = (p for group in self._optimizer.param_groups for p in group["params"])
+        return next((p.device for p in params), torch.device("cpu"))
 
     @abstractmethod
     def measure(

@@ -90,10 +90,6 @@ class ParameterGradients(GradientSource):
         assert optimizer is not None, "the schedule has looked"
         return optimizer
 
-    def device(self) -> torch.device:
-        params = (p for group in self._optimizer.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
-
     def refresh(self) -> None:
         self._stepped = None
 

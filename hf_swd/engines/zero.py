@@ -2,7 +2,7 @@
 
 ZeRO steps the optimizer several times per optimizer step, each time on one flat partition of some parameters, and
 computes the norm of the whole gradient beforehand. The schedule advances at the first of these inner steps, from that
-norm, and writes the decay at each. The whole model is one block, whose running sum lies in the parameter groups.
+norm, and writes the decay at each.
 """
 
 from __future__ import annotations
@@ -112,10 +112,6 @@ class ZeroGradient(GradientSource):
     def refresh(self) -> None:
         self._must_read = True
 
-    def device(self) -> torch.device:
-        params = (p for group in self._base.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
-
     def measure(
         self, groups: list[GroupGradients], before: Numbers, *, tried_steps: int, unclipped: bool
     ) -> StepTotals | None:
@@ -130,9 +126,11 @@ class ZeroGradient(GradientSource):
         clip = self._zero.clip_grad
         if not unclipped and clip > 0:
             norm = norm / ((norm + 1e-6) / clip).clamp(min=1)  # as DeepSpeed does it in the step, after this
-        beta2 = float(self._base.param_groups[0]["betas"][1])
+        beta2 = float(self._optimizer.param_groups[0]["betas"][1])
         num_elements = torch.full_like(norm, self._num_elements)
-        reading = self._read(beta2, before, norm.square()) if self._must_read and not unclipped else None
+        # A new run has no moments, on any rank: partitions are padded to one size.
+        reads = self._must_read and not unclipped and self._moments()
+        reading = self._read(beta2, before, norm.square()) if reads else None
         old_weight, new_weight = recurrence_weights(beta2, before.schedule_step + self._steps_of_others + 1)
         return StepTotals(norm.square(), num_elements, old_weight, new_weight, reading)
 
@@ -141,9 +139,8 @@ class ZeroGradient(GradientSource):
         optimizer's."""
         import torch.distributed as dist
 
-        states = self._base.state.values()
-        moments = [m for state in states if isinstance(m := state.get("exp_avg_sq"), Tensor)]
-        local = float(sums(moments).sum()), max((float(state.get("step", 0)) for state in states), default=0.0)
+        states = self._optimizer.state.values()
+        local = float(sums(self._moments()).sum()), max((float(state.get("step", 0)) for state in states), default=0.0)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, local)
         step = max(step for _, step in ranks) + 1
@@ -159,6 +156,9 @@ class ZeroGradient(GradientSource):
             tolerance=5e-3 if seen == step - 1 else 0.0,
         )
 
+    def _moments(self) -> list[Tensor]:
+        return [m for state in self._optimizer.state.values() if isinstance(m := state.get("exp_avg_sq"), Tensor)]
+
     def norm(self, groups: list[GroupGradients]) -> Tensor:
         raise RuntimeError(
             "DeepSpeed ZeRO clips by itself, before the optimizer sees a gradient: set gradient_clipping in its "
@@ -169,7 +169,7 @@ class ZeroGradient(GradientSource):
         self._must_read = False
 
     @property
-    def _base(self) -> Optimizer:
+    def _optimizer(self) -> Optimizer:
         optimizer: Optimizer = self._zero.optimizer
         return optimizer
 
