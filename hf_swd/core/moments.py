@@ -56,14 +56,12 @@ class MomentReader:
         steps = _vector([param.state.get("step", 0.0) for param in params]).tolist()
         betas = {id(param.beta2) if isinstance(param.beta2, Tensor) else param.beta2 for param in params}
         dtypes = {local_part(m).dtype for m in moments}
-        self.is_uniform = len(set(steps)) <= 1 and len(betas) <= 1
-        """Whether one step count and one beta2 serve all, as the recurrence needs it."""
-        self._amsgrad = any(param.amsgrad for param in params)
-        self.tolerance = 0.0
-        if self.is_uniform and not self._amsgrad:
-            self.tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-11)
-            if dtypes & set(HALF):
-                self.tolerance = 0.0  # small changes of such moments are rounded away
+        # The recurrence needs one step count and one beta2 for all; small changes of moments in half precision are
+        # rounded away, and a maximum obeys no recurrence.
+        holds = len(set(steps)) <= 1 and len(betas) <= 1 and not dtypes & set(HALF)
+        holds = holds and not any(param.amsgrad for param in params)
+        self.tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-11) if holds else 0.0
+        """Relative difference from the recurrence that rounding explains; 0 where the recurrence does not hold."""
 
     def read(self, params: Sequence[AdamParameter], squares: Tensor, grad_scale: Tensor | None) -> Tensor:
         """

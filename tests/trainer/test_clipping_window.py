@@ -157,24 +157,9 @@ class HookOfLateStep(OptimizersHook):
             optimizer.optimizer.register_step_pre_hook(lambda *_: self.act(model))
 
 
-class WrappedStep(TrainerCallback):
+class WrappedAcceleratedStep(TrainerCallback):
     """As a profiler or a logger wraps it."""
 
-    def __init__(self, act):
-        self.act = act
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        inner = optimizer.optimizer
-        step = inner.step
-
-        def wrapped(*args, **kwargs):
-            self.act(model)
-            return step(*args, **kwargs)
-
-        inner.step = wrapped
-
-
-class WrappedAcceleratedStep(TrainerCallback):
     def __init__(self, act):
         self.act = act
 
@@ -186,6 +171,13 @@ class WrappedAcceleratedStep(TrainerCallback):
             return step(*args, **kwargs)
 
         optimizer.step = wrapped
+
+
+class WrappedStep(WrappedAcceleratedStep):
+    """That of the optimizer inside."""
+
+    def on_train_begin(self, *args, optimizer=None, **kwargs):
+        super().on_train_begin(*args, optimizer=optimizer.optimizer, **kwargs)
 
 
 def subclass_that_clips(act):
