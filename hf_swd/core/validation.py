@@ -20,14 +20,11 @@ class Option(NamedTuple):
     may_be_none: bool = False
 
 
-def _is_decay_rate(value: Any) -> bool:
-    return bool(0 <= value < 1)
-
-
 def _is_finite(value: Any) -> bool:
     return bool(0 <= value < math.inf)
 
 
+_DECAY_RATE = Option(float, "a decay rate in [0, 1)", lambda value: bool(0 <= value < 1))
 _FLAG = Option(bool, "True or False")
 _FLAG_OR_NONE = Option(bool, "True, False or None", may_be_none=True)
 
@@ -35,7 +32,7 @@ OPTIONS = {
     "lr": Option(float, "a learning rate of at least 0", _is_finite),
     "eps": Option(float, "a small constant of at least 0", _is_finite),
     "weight_decay": Option(float, "a decay strength of at least 0", _is_finite),
-    "beta2": Option(float, "a decay rate in [0, 1)", _is_decay_rate),
+    **dict.fromkeys(("beta2", "schedule_beta2"), _DECAY_RATE),
     "reference_steps": Option(
         int, "a number of optimizer steps, 0 (the paper's schedule) or more", lambda value: value >= 0
     ),
@@ -64,13 +61,32 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(betas, Iterable) or isinstance(betas, (str, Tensor)) or len(list(betas)) != 2:
             raise TypeError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
-            _check(f"betas[{i}]", beta, OPTIONS["beta2"])
+            _check(f"betas[{i}]", beta, _DECAY_RATE)
         if len({isinstance(beta, Tensor) for beta in betas}) == 2:
             raise ValueError(f"betas={betas!r}: betas must be either both numbers or both tensors")
     if options.get("differentiable"):
         raise ValueError(
             "differentiable=True: the schedule lets no gradients flow through step(); use torch.optim.AdamW for that"
         )
+
+
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": None}
+
+
+def option_from_text(name: str, text: str) -> Any:
+    """
+    The value of an option that is given as text, such as `"true"`, `"none"` or `"100"`.
+
+    Raises:
+        ValueError: the option cannot be that.
+    """
+    option = OPTIONS[name]
+    try:
+        value = _WORDS[text.lower()] if option.kind is bool else option.kind(text)
+        _check(name, value, option)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{name}="{text}"; expected {option.expected.lower()}') from None
+    return value
 
 
 def _check(name: str, value: Any, option: Option) -> None:

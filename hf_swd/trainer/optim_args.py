@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
+from ..core.validation import option_from_text
 from .base_optimizer import keys_of_base
 
 
-def _boolean(text: str) -> bool:
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise ValueError
-    return value
-
-
-def _optional_boolean(text: str) -> bool | None:
-    return None if text.lower() == "none" else _boolean(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError
-    return int(text)
-
-
-def _decay_rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError
-    return value
-
-
-_Keys = dict[str, tuple[Callable[[str], Any], str]]
-
-_SCHEDULE: _Keys = {
-    "reference_steps": (_count, "a number of optimizer steps, 0 or more"),
-    "unclipped_norm": (_boolean, "true or false"),
-}
-# `differentiable` and `process_group` are missing because no Trainer can use them.
-_ADAMS: _Keys = {
-    **_SCHEDULE,
-    "amsgrad": (_boolean, "true or false"),
-    "maximize": (_boolean, "true or false"),
-    "capturable": (_boolean, "true or false"),
-    "foreach": (_optional_boolean, "true, false or none"),
-    "fused": (_optional_boolean, "true, false or none"),
-}
-_ON_A_BASE: _Keys = {
-    "base": (str, "the name of another optimizer of the Trainer"),
-    **_SCHEDULE,
-    # Not `beta2`, which AdEMAMix reads from optim_args, too.
-    "schedule_beta2": (_decay_rate, "a decay rate in [0, 1)"),
-}
+_SCHEDULE = ("reference_steps", "unclipped_norm")
+# `differentiable` and `process_group` are missing because no Trainer can use them; it clips by itself.
+_ADAMS = (*_SCHEDULE, "amsgrad", "maximize", "capturable", "foreach", "fused")
+# Not `beta2`, which AdEMAMix reads from optim_args, too.
+_ON_A_BASE = (*_SCHEDULE, "schedule_beta2")
 
 
 def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
@@ -71,39 +32,35 @@ def parse_optim_args(optim_args: str | None) -> dict[str, Any]:
     Raises:
         ValueError: a part is not `key=value`, a key is unknown, or a value is not of its type.
     """
+    given = f'optim_args="{optim_args}"'
     pairs = {}
     for item in optim_args.replace(" ", "").split(",") if optim_args else []:
         key, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(
-                f'optim_args="{optim_args}": expected key=value,key=value,...; found "{item}" without "="'
-            )
+            raise ValueError(f'{given}: expected key=value,key=value,...; found "{item}" without "="')
         pairs[key] = text
-    known = _ADAMS
-    others: Collection[str] | None = ()
-    if "base" in pairs:
-        known, others = _ON_A_BASE, keys_of_base(pairs["base"])
+    base = pairs.pop("base", None)
+    known: Collection[str] = _ADAMS
+    of_base: Collection[str] | None = ()
+    if base is not None:
+        known, of_base = _ON_A_BASE, keys_of_base(base)
 
-    result = {}
-    of_base = []
+    result: dict[str, Any] = {} if base is None else {"base": base}
+    others = []
     for key, text in pairs.items():
         if key in known:
-            parse, expected = known[key]
             try:
-                result[key] = parse(text)
-            except ValueError:
-                raise ValueError(f'optim_args="{optim_args}": {key}="{text}"; expected {expected}') from None
-        elif others is None or key in others:
-            of_base.append(f"{key}={text}")
+                result[key] = option_from_text(key, text)
+            except ValueError as error:
+                raise ValueError(f"{given}: {error}") from None
+        elif of_base is None or key in of_base:
+            others.append(f"{key}={text}")
         else:
-            names = [*known, *others] if "base" in pairs else [*known, "base"]
+            names = ["base", *known, *of_base]
             close = difflib.get_close_matches(key, names, n=1)
             guess = f'did you mean "{close[0]}"? ' if close else ""
-            with_base = f' with base="{pairs["base"]}"' if "base" in pairs else ""
-            raise ValueError(
-                f'optim_args="{optim_args}": unknown key "{key}"; {guess}optim="adams"{with_base} knows '
-                f"{', '.join(names)}"
-            )
-    if of_base:
-        result["optim_args"] = ",".join(of_base)
+            optimizer = 'optim="adams"' if base is None else f'optim="adams" with base="{base}"'
+            raise ValueError(f'{given}: unknown key "{key}"; {guess}{optimizer} knows {", ".join(names)}')
+    if others:
+        result["optim_args"] = ",".join(others)
     return result

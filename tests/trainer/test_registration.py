@@ -146,7 +146,7 @@ def test_default_decay_of_adams_does_not_leak_into_the_trainer(tmp_path):
     [
         pytest.param(
             "warmup=3",
-            r'"warmup=3".*unknown key "warmup"; optim="adams" knows reference_steps, unclipped_norm, amsgrad',
+            r'"warmup=3".*unknown key "warmup"; optim="adams" knows base, reference_steps, unclipped_norm, amsgrad',
             id="unknown-key",
         ),
         pytest.param(
