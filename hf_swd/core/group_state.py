@@ -50,22 +50,6 @@ def complete(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
             group.setdefault(key, value)
 
 
-def value_in(groups: Sequence[Group], key: str, default: Any = 0) -> Any:
-    """Value that all groups share; `default` where none has it."""
-    return next((group[key] for group in groups if key in group), default)
-
-
-def numbers_in(groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Numbers:
-    """The schedule's numbers, as tensors."""
-    values = (groups[0][key] for key in Numbers._fields)
-    return Numbers(
-        *(
-            value.to(device, dtype) if isinstance(value, Tensor) else torch.tensor(value, device=device, dtype=dtype)
-            for value in values
-        )
-    )
-
-
 def write_numbers(groups: Sequence[Group], numbers: Numbers, tried_steps: int) -> None:
     """Show what is known after a step. In place where that is possible: a captured CUDA graph must find its state
     where it left it."""

@@ -106,7 +106,6 @@ class ParameterGradients(GradientSource):
             return None
         squares = self._squared_norms(groups)
         sums = layout.local_sums(squares.unsqueeze(1), positions)
-        found_inf = getattr(self._optimizer, "found_inf", None)
 
         stepping = self._stepping_set(groups, layout, positions, reads_moments=not unclipped)
         is_known = stepping is self._stepped
@@ -119,8 +118,7 @@ class ParameterGradients(GradientSource):
         parts = sums.new_zeros(len(sums), 4)
         tolerance = None
         if reader is not None:
-            # Parts cannot be carried on from a step that may be left out.
-            is_due = tried_steps % _STEPS_BETWEEN_READINGS == 0 or (layout.ranks_differ and found_inf is not None)
+            is_due = tried_steps % _STEPS_BETWEEN_READINGS == 0
             if self._reads(reader, is_known, is_due, squares.device):
                 addends = reader.read(self._adam_parameters(groups), squares, self._grad_scale)
                 addends[:, 2] *= stepping.sizes
@@ -139,8 +137,7 @@ class ParameterGradients(GradientSource):
             divisor = num_elements.clamp(min=1)
             is_complete = read_elements == num_elements
             reading = Reading(old_sum / divisor, new_sum / divisor, steps / divisor, is_complete, tolerance)
-        is_skipped = False if found_inf is None else found_inf.to(squares.device) > 0
-        return StepTotals(squared_norm, num_elements, old_weight, new_weight, reading, is_skipped)
+        return StepTotals(squared_norm, num_elements, old_weight, new_weight, reading)
 
     def end_step(self, clip: Tensor | None) -> None:
         assert self._measured is not None, "a step was measured"
@@ -148,6 +145,8 @@ class ParameterGradients(GradientSource):
         layout = self._layout[1] if self._layout is not None else None
         if layout is not None and layout.ranks_differ and stepping.reader is not None:
             self._parts = old + (new if clip is None else new * clip.square())
+            if getattr(self._optimizer, "found_inf", None) is not None:
+                return  # this step may have been left out: the next one reads
         if stepping.has_new and stepping.reader is not None:
             # Its moments are there now: the next step need not notice them.
             groups = with_gradients(self._optimizer)

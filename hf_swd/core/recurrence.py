@@ -55,8 +55,6 @@ class StepTotals(NamedTuple):
     new_weight: float | Tensor
     """`new_t`."""
     reading: Reading | None = None
-    is_skipped: Tensor | bool = False
-    """Whether the optimizer will leave this step out (an overflow)."""
 
 
 def recurrence_weights(beta2: float | Tensor, step: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -65,7 +63,9 @@ def recurrence_weights(beta2: float | Tensor, step: float | Tensor) -> tuple[flo
     return beta2 * (1 - beta2 ** (step - 1)) / correction, (1 - beta2) / correction
 
 
-def advance(before: Numbers, totals: StepTotals, *, clip: Tensor | None, reference_steps: int) -> Numbers:
+def advance(
+    before: Numbers, totals: StepTotals, *, clip: Tensor | None, reference_steps: int, found_inf: Tensor | None = None
+) -> Numbers:
     """
     The numbers after a step.
 
@@ -75,6 +75,7 @@ def advance(before: Numbers, totals: StepTotals, *, clip: Tensor | None, referen
         clip (0-d `Tensor`, *optional*): what the gradients are multiplied by before Adam sees them, if the mean is to
             be of clipped gradients.
         reference_steps: the step whose gradient rms becomes r; 0 for r = 1.
+        found_inf (0-d `Tensor`, *optional*): not 0 if the optimizer will leave this step out (a GradScaler's).
     """
     step, mean, reference = before
     old_mean = totals.old_weight * mean
@@ -101,7 +102,9 @@ def advance(before: Numbers, totals: StepTotals, *, clip: Tensor | None, referen
         next_reference = torch.where(is_due, after.sqrt(), reference)
     else:
         next_reference = reference
-    keep = (totals.num_elements == 0) | torch.as_tensor(totals.is_skipped, device=mean.device)
+    keep = totals.num_elements == 0
+    if found_inf is not None:
+        keep = keep | (found_inf.to(mean.device) > 0)
     return Numbers(
         torch.where(keep, step, next_step),
         torch.where(keep, mean, after),

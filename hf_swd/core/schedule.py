@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +12,8 @@ from torch._compile import _disable_dynamo
 from . import group_state
 from .clipping import clip_factor, scale_
 from .decay import DecayWriter
-from .grad_norm import accumulation_dtype
 from .gradients import GradientSource, GroupGradients, with_gradients
+from .group_values import GroupValues
 from .parameter_gradients import ParameterGradients
 from .recurrence import Numbers, StepTotals, advance
 from .sharding import Shard
@@ -44,14 +42,22 @@ class ScheduledStep(NamedTuple):
     """What the gradients must be multiplied by first, 0-d."""
 
 
-class _Gradient(NamedTuple):
-    """The gradient of the coming step, measured."""
+class _MeasuredStep(NamedTuple):
+    """A step that has not begun."""
 
     totals: StepTotals
     clip: Tensor | None
 
 
-class WeightDecaySchedule:
+class _StepUnderWay(NamedTuple):
+    """What will be known once it is made."""
+
+    numbers: Numbers
+    tried_steps: int
+    clip: Tensor | None
+
+
+class WeightDecaySchedule(GroupValues):
     """
     Drives the weight decay of one optimizer: `decay = lambda * factor`, with [`decay_factor`].
 
@@ -84,15 +90,14 @@ class WeightDecaySchedule:
         }
         check_options(options)
         check_process_group(process_group)
-        self._optimizer = weakref.ref(optimizer)
+        super().__init__(optimizer)
         self.decays = DecayWriter()
         self._clip_counts: tuple[Tensor | int, int] = (0, 0)
         self._grad_norm: Tensor | float = 0.0
         self._num_elements: Tensor | int = 0
-        self._awaited: _Gradient | None = None
-        """Measured by [`clip_in_step`], for the step that comes next."""
-        self._next: tuple[Numbers, int, Tensor | None] | None = None
-        """The numbers after the step under way, the steps tried then, and how its gradients are clipped."""
+        self._measured: _MeasuredStep | None = None
+        """By [`clip_in_step`], for the step that comes next."""
+        self._under_way: _StepUnderWay | None = None
         self.source: GradientSource = ParameterGradients(optimizer, beta2=beta2, process_group=process_group)
         # As torch's own options: groups that are added take them from here.
         optimizer.defaults.update(options)
@@ -105,21 +110,6 @@ class WeightDecaySchedule:
         ]
         """Handles of the hooks on the optimizer."""
 
-    # Reading
-
-    @property
-    def optimizer(self) -> Optimizer:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise RuntimeError("the optimizer of this weight decay schedule no longer exists")
-        return optimizer
-
-    @property
-    def grad_rms(self) -> float:
-        """sqrt of the mean second moment over the whole model at the last step; 0.0 before the first. Reading it makes
-        the host wait for an accelerator."""
-        return math.sqrt(self._read("second_moment_mean"))
-
     @property
     def grad_norm(self) -> float:
         """2-norm of the whole gradient before clipping, at the last step that clipped (`max_grad_norm`) or measured it
@@ -127,50 +117,14 @@ class WeightDecaySchedule:
         return float(self._grad_norm)
 
     @property
-    def step_count(self) -> int:
-        """Optimizer steps that the schedule has seen; skipped steps (overflow) do not count, nor do those before the
-        first gradient that was not zero."""
-        return int(self._read("schedule_step"))
-
-    @property
     def num_elements(self) -> int:
         """Number of scalars, of all ranks, that the last step's mean was over; 0 before the first."""
         return int(self._num_elements)
 
     @property
-    def reference_rms(self) -> float:
-        """The gradient rms of step `reference_steps`, 0.0 until then."""
-        return float(self._read("reference_rms"))
-
-    @property
-    def reference_steps(self) -> int:
-        """K of the calibration; 0 for the paper's schedule."""
-        steps: int = self._read("reference_steps")
-        return steps
-
-    @property
-    def unclipped_norm(self) -> bool:
-        """Whether the schedule follows the norm that gradients had before clipping."""
-        return bool(self._read("unclipped_norm"))
-
-    @property
-    def max_grad_norm(self) -> float:
-        """What each step clips the whole gradient to; 0.0: it does not."""
-        return float(self._read("max_grad_norm"))
-
-    @property
     def process_group(self) -> ProcessGroup | None:
         """The ranks whose optimizers hold disjoint parts of the model."""
         return self.source.process_group
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        """The parameter groups as they are now: engines replace them."""
-        return self.optimizer.param_groups
-
-    def _read(self, key: str) -> Any:
-        value = group_state.value_in(self._groups, key)
-        return value.detach() if isinstance(value, Tensor) else value
 
     def clip_statistics(self) -> tuple[int, int]:
         """How often gradients were clipped, and how often they were measured for it. Makes the host wait."""
@@ -215,14 +169,12 @@ class WeightDecaySchedule:
         """[`clip_grad_norm_`] that leaves the scaling to the step, for a caller who goes on to `step()` before anyone
         can look at a gradient. [`forget_clipping`] takes it back."""
         check_options({"max_norm": max_norm})
-        if self._reads_scaled_gradients():
-            return self.clip_grad_norm_(max_norm)
-        self._awaited = self._measure(with_gradients(self.optimizer), max_norm)
+        self._measured = self._measure(with_gradients(self.optimizer), max_norm)
         return torch.as_tensor(self._grad_norm).float()
 
     def forget_clipping(self) -> None:
         """The step that was to follow [`clip_in_step`] does not come."""
-        self._awaited = None
+        self._measured = None
 
     @_disable_dynamo
     @torch.no_grad()
@@ -235,55 +187,53 @@ class WeightDecaySchedule:
             RuntimeError: a gradient is sparse; with `unclipped_norm` the norm before clipping is not known.
         """
         groups = with_gradients(self.optimizer)
-        group_state.complete(self._groups, self.optimizer.defaults)
-        for group in self._groups:
+        group_state.complete(self.groups, self.optimizer.defaults)
+        for group in self.groups:
             group_state.adopt_assignment(group)
-        clip = None
         if self.source.begins_step():
-            gradient, self._awaited, self._next = self._awaited, None, None
-            if gradient is None:
-                gradient = self._measure_in_step(groups)
-            if gradient is None:
-                return ScheduledStep(groups, [group["weight_decay"] for group in self._groups], None)
-            totals, clip = gradient
-            seen_by_schedule = None if self.unclipped_norm else clip
-            numbers = advance(self._numbers(), totals, clip=seen_by_schedule, reference_steps=self.reference_steps)
-            self._next = numbers, self._read("tried_steps") + 1, clip
-            self._num_elements = totals.num_elements
-        assert self._next is not None, "the first step of an engine has measured"
-        return ScheduledStep(groups, self._write_decay(self._next[0]), clip)
+            measured, self._measured = self._measured, None
+            measured = measured or self._measure(groups, self.max_grad_norm)
+            self._under_way = None if measured is None else self._advance(measured)
+        if self._under_way is None:
+            return ScheduledStep(groups, [group["weight_decay"] for group in self.groups], None)
+        return ScheduledStep(groups, self._write_decay(self._under_way.numbers), self._under_way.clip)
 
     @torch.no_grad()
     def end_step(self) -> None:
         """The step is made, and counts from now on. (If its kernel raises, this is not called: it did not happen.)"""
-        if self._next is not None:
-            numbers, tried_steps, clip = self._next
-            group_state.write_numbers(self._groups, numbers, tried_steps)
-            self.source.end_step(clip)
+        if self._under_way is not None:
+            group_state.write_numbers(self.groups, self._under_way.numbers, self._under_way.tried_steps)
+            self.source.end_step(self._under_way.clip)
 
-    def _measure_in_step(self, groups: list[GroupGradients]) -> _Gradient | None:
-        max_norm = self.max_grad_norm
-        if max_norm and self._reads_scaled_gradients():
-            self.clip_grad_norm_(max_norm)
+    def _measure(self, groups: list[GroupGradients], max_norm: float) -> _MeasuredStep | None:
+        """The coming step, clipped to `max_norm` if that is not 0; `None` if there is no gradient anywhere."""
+        if max_norm and not self.unclipped_norm and any(group.get("amsgrad") for group in self.groups):
+            self.clip_grad_norm_(max_norm)  # AMSGrad's maximum is looked up in the gradients as they will be
             max_norm = 0.0
-        gradient = self._measure(groups, max_norm)
-        if gradient is not None and self.unclipped_norm and not max_norm and not self.source.clips_itself:
-            if gradient.totals.squared_norm != 0:
-                raise RuntimeError(
-                    "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. "
-                    "Let the optimizer clip, by its option max_grad_norm (max_grad_norm=inf where nothing is to be "
-                    "clipped), or a Trainer in which no callback, hook or subclass looks at gradients before the "
-                    "step; where nothing is clipped, leave unclipped_norm out"
-                )
-        return gradient
-
-    def _measure(self, groups: list[GroupGradients], max_norm: float) -> _Gradient | None:
-        totals = self.source.measure(
-            groups, self._numbers(), tried_steps=self._read("tried_steps"), unclipped=self.unclipped_norm
-        )
+        before, tried_steps = self.numbers(self.source.device()), self.value("tried_steps")
+        totals = self.source.measure(groups, before, tried_steps=tried_steps, unclipped=self.unclipped_norm)
         if totals is None:
             return None
-        return _Gradient(totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None)
+        if self.unclipped_norm and not (max_norm or self.source.clips_itself) and totals.squared_norm != 0:
+            raise RuntimeError(
+                "unclipped_norm=True: the schedule does not know the norm that the gradients had before clipping. Let "
+                "the optimizer clip, by its option max_grad_norm (max_grad_norm=inf where nothing is to be clipped), "
+                "or a Trainer in which no callback, hook or subclass looks at gradients before the step; where "
+                "nothing is clipped, leave unclipped_norm out"
+            )
+        return _MeasuredStep(totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None)
+
+    def _advance(self, measured: _MeasuredStep) -> _StepUnderWay:
+        totals, clip = measured
+        self._num_elements = totals.num_elements
+        numbers = advance(
+            self.numbers(self.source.device()),
+            totals,
+            clip=None if self.unclipped_norm else clip,
+            reference_steps=self.reference_steps,
+            found_inf=getattr(self.optimizer, "found_inf", None),
+        )
+        return _StepUnderWay(numbers, self.value("tried_steps") + 1, clip)
 
     def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor | None:
         clipped, looks = self._clip_counts
@@ -291,16 +241,8 @@ class WeightDecaySchedule:
         self._grad_norm = norm
         return clip_factor(norm, float(max_norm))
 
-    def _reads_scaled_gradients(self) -> bool:
-        """AMSGrad's maximum is looked up in the gradients, so they must be scaled first."""
-        return not self.unclipped_norm and any(group.get("amsgrad") for group in self._groups)
-
-    def _numbers(self) -> Numbers:
-        device = self.source.device()
-        return group_state.numbers_in(self._groups, device, accumulation_dtype(device))
-
     def _write_decay(self, numbers: Numbers) -> list[float | Tensor]:
-        return self.decays.write(self._groups, numbers, calibrated=self.reference_steps > 0)
+        return self.decays.write(self.groups, numbers, calibrated=self.reference_steps > 0)
 
     # What engines, checkpoints and copies need
 
@@ -322,13 +264,13 @@ class WeightDecaySchedule:
     def measure_by(self, source: GradientSource) -> None:
         """Take the gradient of the whole model from `source` from now on."""
         self.source = source
-        self._awaited = None
+        self.forget_clipping()
 
     def detach(self) -> None:
         """Give the optimizer back to itself, with the user's constant decay."""
         for hook in self.hooks:
             hook.remove()
-        for group in self._groups:
+        for group in self.groups:
             group_state.remove(group)
         for key in group_state.OPTIONS:
             self.optimizer.defaults.pop(key, None)
@@ -340,13 +282,13 @@ class WeightDecaySchedule:
         return {**state_dict, "param_groups": groups}
 
     def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        groups = group_state.adapted_for_loading(self._groups, state_dict["param_groups"], self.optimizer.defaults)
+        groups = group_state.adapted_for_loading(self.groups, state_dict["param_groups"], self.optimizer.defaults)
         return {"state": group_state.adapted_state(state_dict["state"]), "param_groups": groups}
 
     def loaded(self) -> None:
         """Groups and state are those of a checkpoint."""
         self.forget_clipping()
         self.source.refresh()
-        group_state.complete(self._groups, self.optimizer.defaults)
+        group_state.complete(self.groups, self.optimizer.defaults)
         if self.step_count > 0:
-            self._write_decay(self._numbers())  # of the last step
+            self._write_decay(self.numbers(self.source.device()))  # of the last step

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core import group_state
 from ..core.grad_norm import sums
 from ..core.gradients import GradientSource, GroupGradients
+from ..core.group_state import OPTIONS
+from ..core.group_values import GroupValues
 from ..core.recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from ..core.step_hooks import drive
@@ -204,8 +205,8 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
                 f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given "
                 "adam_w_mode=True"
             )
-        options = {key: group_state.value_in(base.param_groups, key) for key in group_state.OPTIONS}
-        schedule = WeightDecaySchedule(base, **options)
+        values = GroupValues(base)
+        schedule = WeightDecaySchedule(base, **{key: values.value(key) for key in OPTIONS})
         drive(schedule)
     if schedule.max_grad_norm:
         raise RuntimeError(
