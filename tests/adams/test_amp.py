@@ -19,8 +19,10 @@ every_unscale = pytest.mark.parametrize("unscale", [False, True], ids=["scaler_u
 class Scaled:
     """A pair whose optimizer is stepped by a GradScaler."""
 
-    def __init__(self, pair: LockStep, unscale: bool, clip: float | None = None) -> None:
+    def __init__(self, pair: LockStep, unscale: bool, clip: float | None = None, in_step: bool = False) -> None:
         self.pair, self.unscale, self.clip = pair, unscale, clip
+        schedule = pair.optimizer.schedule
+        self.clip_ = schedule.clip_in_step if in_step else schedule.clip_grad_norm_
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
         self.scaler.scale(torch.zeros(()))  # the scale is made lazily
 
@@ -28,7 +30,7 @@ class Scaled:
         if self.unscale:
             self.scaler.unscale_(self.pair.optimizer)
         if self.clip:
-            self.pair.optimizer.clip_grad_norm_(self.clip)
+            self.clip_(self.clip)
         self.scaler.step(self.pair.optimizer)
         self.scaler.update()
 
@@ -84,6 +86,23 @@ def test_overflow_skips_step_and_schedule(path, unscale, reference_steps, value)
 
     scaled.overflow(value, where=1)
     scaled.overflow(value, where=0)
+
+    after, schedule_after = snapshot(pair.optimizer)
+    assert schedule_after == schedule
+    assert all(torch.equal(a, b) for a, b in zip(after, tensors, strict=True))
+    scaled.run(5)
+
+
+@every_path
+def test_overflow_where_the_norm_was_measured_before_the_step(path):
+    """As a Trainer does it: of the overflow, the scaler tells the optimizer only in the step."""
+    pair = LockStep(path=path)
+    scaled = Scaled(pair, unscale=True, clip=1e9, in_step=True)
+    scaled.run(2)
+    tensors, schedule = snapshot(pair.optimizer)
+
+    scaled.overflow(math.inf, where=1)
+    pair.optimizer.schedule.forget_clipping()  # as a Trainer does if the scaler has left the step out
 
     after, schedule_after = snapshot(pair.optimizer)
     assert schedule_after == schedule
