@@ -78,6 +78,7 @@ class Contender:
     build: Callable[[list[Parameter]], torch.optim.Optimizer]
     reference: str
     own_clipping: bool = False  # the optimizer's option max_grad_norm, inside the step; else torch's
+    reads_moments: bool = False  # in every step, as while parameters' step counts differ
     heavy: bool = False  # left out of the suites that grow
 
     def step(self, optimizer: torch.optim.Optimizer, params: list[Parameter], clip: bool) -> None:
@@ -86,6 +87,8 @@ class Contender:
                 group["max_grad_norm"] = MAX_NORM if clip else 0.0
         elif clip:
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        if self.reads_moments:
+            optimizer.schedule.refresh()
         optimizer.step()
 
 
@@ -103,6 +106,7 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("AdamW single", lambda ps: adamw(ps, foreach=False, fused=False, **settings), "adamw", heavy=True),
         Contender("AdamS fused", lambda ps: AdamS(ps, **settings), "adams"),
         Contender("AdamS fused, own clipping", lambda ps: AdamS(ps, **settings), "adams", own_clipping=True),
+        Contender("AdamS fused, reading moments", lambda ps: AdamS(ps, **settings), "adams", reads_moments=True),
         Contender("AdamS foreach", lambda ps: AdamS(ps, foreach=True, **settings), "adams", heavy=True),
         Contender("AdamS single", lambda ps: AdamS(ps, foreach=False, fused=False, **settings), "adams", heavy=True),
         Contender("ScheduledWeightDecay on AdamW fused", scheduled_adamw, "adams"),
