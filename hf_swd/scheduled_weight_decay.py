@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .core.group_state import NUMBERS, OPTIONS
+from .core.group_state import NUMBERS, OPTIONS, remove
 from .core.schedule import WeightDecaySchedule, schedule_of
 from .core.step_hooks import drive
 from .core.validation import check_options
@@ -95,8 +95,16 @@ class ScheduledWeightDecay(WeightDecaySchedule):
 
     def remove(self) -> None:
         """Detach from the optimizer, which goes on with the user's constant decay; a second time does nothing."""
-        if schedule_of(self.optimizer) is self:
-            self.detach()
+        optimizer = self.optimizer
+        if schedule_of(optimizer) is not self:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        for group in optimizer.param_groups:
+            remove(group)
+        for key in OPTIONS:
+            optimizer.defaults.pop(key, None)
+        del optimizer.__dict__["_decay_schedule"]
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's own `state_dict()` holds of the schedule, in every parameter group: numbers and

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .grad_norm import placed_as
@@ -29,6 +28,11 @@ class GroupGradients(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+
+    @property
+    def amsgrad(self) -> bool:
+        """Whether the optimizer takes the maximum of the second moment."""
+        return bool(self.group.get("amsgrad"))
 
 
 def with_gradients(optimizer: Optimizer) -> list[GroupGradients]:
@@ -68,27 +72,14 @@ class GradientSource(ABC):
         """Whether this `step()` of the optimizer is the first one of a new step of whoever calls it."""
         return True
 
-    @property
     @abstractmethod
-    def _optimizer(self) -> Optimizer:
-        """Whose steps these are."""
-
-    def device(self) -> torch.device:
-        """Where numbers of the whole model are: beside the parameters."""
-        params = (p for group in self._optimizer.param_groups for p in group["params"])
-        return next((p.device for p in params), torch.device("cpu"))
-
-    @abstractmethod
-    def measure(
-        self, groups: list[GroupGradients], before: Numbers, *, tried_steps: int, unclipped: bool
-    ) -> StepTotals | None:
+    def measure(self, groups: list[GroupGradients], before: Numbers, *, unclipped: bool) -> StepTotals | None:
         """
         What the coming step brings; `None` if there is no gradient anywhere.
 
         Args:
             groups: what this rank's optimizer will step.
             before: the schedule's numbers.
-            tried_steps: steps so far.
             unclipped: whether the mean is one of gradients before clipping, which Adam's moments do not tell.
         """
 

@@ -6,10 +6,9 @@
 | `initial_weight_decay` | the user's lambda |
 | `scheduled_weight_decay` | what the schedule wrote last: anything else in `weight_decay` is the user's new lambda |
 | `reference_steps`, `unclipped_norm`, `max_grad_norm` | options of [`AdamS`] |
-| `schedule_step` | steps of the schedule; this and the next three are of the whole model, the same in all groups |
+| `schedule_step` | steps of the schedule; this and the next two are of the whole model, the same in all groups |
 | `second_moment_mean` | the mean of the bias-corrected second moment at the last step |
 | `reference_rms` | gradient rms of step `reference_steps` |
-| `tried_steps` | steps, skipped ones (overflow) included: every 100th reads Adam's moments |
 
 The numbers are 0-d tensors while training, and plain numbers in a checkpoint.
 """
@@ -27,9 +26,10 @@ from .recurrence import Numbers
 
 
 OPTIONS = ("reference_steps", "unclipped_norm", "max_grad_norm")
-NUMBERS: dict[str, Any] = {**dict.fromkeys(Numbers._fields, 0.0), "schedule_step": 0, "tried_steps": 0}
+NUMBERS: dict[str, Any] = {**dict.fromkeys(Numbers._fields, 0.0), "schedule_step": 0}
 _DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
 _MARK = "schedule_step"
+_KEYS = {*_DECAYS, *OPTIONS, *NUMBERS}
 # What hf_swd 0.1.0 wrote beside these, into groups and states.
 _OF_0_1_0 = ("num_elements", "second_moment_sum", "second_moment_step")
 
@@ -38,10 +38,10 @@ Group = dict[str, Any]
 
 def complete(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
     """Give groups that were added, or loaded, what they lack: what other groups hold, else what a new run has."""
-    lacking = [group for group in groups if "tried_steps" not in group]
+    lacking = [group for group in groups if not group.keys() >= _KEYS]
     if not lacking:
         return
-    holder = next((group for group in groups if "tried_steps" in group), None)
+    holder = next((group for group in groups if group.keys() >= _KEYS), None)
     for group in lacking:
         if holder is not None:
             group.update({key: holder[key] for key in (*OPTIONS, *NUMBERS)})
@@ -50,7 +50,7 @@ def complete(groups: Sequence[Group], defaults: Mapping[str, Any]) -> None:
             group.setdefault(key, value)
 
 
-def write_numbers(groups: Sequence[Group], numbers: Numbers, tried_steps: int) -> None:
+def write_numbers(groups: Sequence[Group], numbers: Numbers) -> None:
     """Show what is known after a step. In place where that is possible: a captured CUDA graph must find its state
     where it left it."""
     for key, value in numbers._asdict().items():
@@ -59,7 +59,7 @@ def write_numbers(groups: Sequence[Group], numbers: Numbers, tried_steps: int) -
         if can_hold and held.is_inference() == torch.is_inference_mode_enabled():
             value = held.copy_(value)
         for group in groups:
-            group.update({key: value, "tried_steps": tried_steps})
+            group[key] = value
 
 
 def user_decay(group: Group) -> Any:

@@ -51,8 +51,9 @@ class GroupValues:
         value = next((group[key] for group in self.groups if key in group), 0)
         return value.detach() if isinstance(value, Tensor) else value
 
-    def numbers(self, device: torch.device) -> Numbers:
-        """The schedule's numbers, as tensors on `device`."""
+    def numbers(self) -> Numbers:
+        """The schedule's numbers, as tensors beside the parameters."""
+        device = next((p.device for group in self.groups for p in group["params"]), torch.device("cpu"))
         dtype = accumulation_dtype(device)
         return Numbers(*(torch.as_tensor(self.value(key), dtype=dtype, device=device) for key in Numbers._fields))
 

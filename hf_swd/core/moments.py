@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grad_norm import HALF, local_part, real_view, sums
+from .gradients import GroupGradients
 
 
 # Their second moment is the moving average of g^2, elementwise. That of others may be scaled (Prodigy), debiased
@@ -31,71 +32,68 @@ def moment_ids(states: Sequence[Mapping[str, Any]]) -> list[int]:
     return [id(state.get(_MOMENT)) for state in states]
 
 
-class AdamParameter(NamedTuple):
-    """A parameter with a gradient in the coming step, and what Adam keeps of it."""
-
-    grad: Tensor
-    state: Mapping[str, Any]
-    beta2: float | Tensor
-    amsgrad: bool
-
-
-class MomentReader:
+def reading_tolerance(groups: Sequence[GroupGradients], betas: Sequence[float | Tensor]) -> float | None:
     """
-    What the moments say of the mean, for parameters that step together. It holds none of them.
+    How far, relatively, the mean that the recurrence gives may be from what the moments say, before it is taken for
+    wrong; 0 if parameters that step together obey no recurrence, and `None` if their moments cannot be read.
 
     Args:
-        params (`Sequence[AdamParameter]`): all that have a gradient.
+        groups: what steps together.
+        betas: beta2 of each group.
     """
+    states = [state for group in groups for state in group.states]
+    held = [state.get(_MOMENT) for state in states if state]
+    moments = [m for m in held if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
+    if len(moments) < len(held):
+        return None
+    steps = set(_vector([state.get("step", 0.0) for state in states]).tolist())
+    of_groups = [(beta2, group) for beta2, group in zip(betas, groups, strict=True) if group.params]
+    rates = {id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2, _ in of_groups}
+    dtypes = {local_part(m).dtype for m in moments}
+    # Small changes of moments in half precision are rounded away, and a maximum is no moving average.
+    if len(steps) > 1 or len(rates) > 1 or dtypes & set(HALF) or any(group.amsgrad for _, group in of_groups):
+        return 0.0
+    return max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-11)
 
-    def __init__(self, params: Sequence[AdamParameter]) -> None:
-        held = [param.state.get(_MOMENT) for param in params if param.state]
-        moments = [m for m in held if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
-        self.can_read = len(moments) == len(held)
-        """Whether every state has a moment."""
-        steps = _vector([param.state.get("step", 0.0) for param in params]).tolist()
-        betas = {id(param.beta2) if isinstance(param.beta2, Tensor) else param.beta2 for param in params}
-        dtypes = {local_part(m).dtype for m in moments}
-        # The recurrence needs one step count and one beta2 for all; small changes of moments in half precision are
-        # rounded away, and a maximum obeys no recurrence.
-        holds = len(set(steps)) <= 1 and len(betas) <= 1 and not dtypes & set(HALF)
-        holds = holds and not any(param.amsgrad for param in params)
-        self.tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-11) if holds else 0.0
-        """Relative difference from the recurrence that rounding explains; 0 where the recurrence does not hold."""
 
-    def read(self, params: Sequence[AdamParameter], squares: Tensor, grad_scale: Tensor | None) -> Tensor:
-        """
-        Addends of the mean.
+def read_moments(
+    groups: Sequence[GroupGradients], betas: Sequence[float | Tensor], squares: Tensor, grad_scale: Tensor | None
+) -> Tensor:
+    """
+    Addends of the mean.
 
-        Args:
-            params: as in the constructor.
-            squares (`Tensor`, shape `(params,)`): squared norms of the gradients, unscaled.
-            grad_scale (0-d `Tensor`, *optional*): what the gradients are to be divided by (a GradScaler's).
+    Args:
+        groups: what steps together.
+        betas: beta2 of each group.
+        squares (`Tensor`, shape `(params,)`): squared norms of the gradients, unscaled.
+        grad_scale (0-d `Tensor`, *optional*): what the gradients are to be divided by (a GradScaler's).
 
-        Returns:
-            `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias; what the gradients
-            add to it (for AMSGrad, what the maxima will be beyond it); the step count, this step included.
-        """
-        steps = _vector([param.state.get("step", 0.0) for param in params]).to(squares) + 1
-        betas = _vector([param.beta2 for param in params]).to(squares)
-        correction = 1 - betas**steps
-        present = [i for i, param in enumerate(params) if param.state]
-        before = torch.zeros_like(squares)
-        before[present] = sums([params[i].state[_MOMENT] for i in present]).to(squares)
-        old, new = betas * before / correction, (1 - betas) * squares / correction
-        for i, param in enumerate(params):
-            if param.amsgrad:
+    Returns:
+        `Tensor`: shape `(params, 3)`: what is left of the moments, corrected for their bias; what the gradients add to
+        it; the step count, this step included. For AMSGrad, the first two add up to the maxima after the step.
+    """
+    states = [state for group in groups for state in group.states]
+    steps = _vector([state.get("step", 0.0) for state in states]).to(squares) + 1
+    rates = _vector([beta2 for beta2, group in zip(betas, groups, strict=True) for _ in group.params]).to(squares)
+    correction = 1 - rates**steps
+    present = [i for i, state in enumerate(states) if state]
+    before = torch.zeros_like(squares)
+    before[present] = sums([states[i][_MOMENT] for i in present]).to(squares)
+    old, new = rates * before / correction, (1 - rates) * squares / correction
+    first = 0
+    for beta2, group in zip(betas, groups, strict=True):
+        for i, (grad, state) in enumerate(zip(group.grads, group.states, strict=True), first):
+            if group.amsgrad:
                 # At least what the moments add up to: in float16 the maxima underflow to 0.
-                maximum = _maximum_sum(param, grad_scale).to(squares) / correction[i]
+                maximum = _maximum_sum(grad, state, beta2, grad_scale).to(squares) / correction[i]
                 new[i] = torch.where(old[i] == math.inf, 0.0, torch.maximum(new[i], maximum - old[i]))
-        return torch.stack([old, new, steps], dim=1)
+        first += len(group.params)
+    return torch.stack([old, new, steps], dim=1)
 
 
-def adam_step(state: Mapping[str, Any], like: Tensor) -> float | Tensor:
-    """Adam's step count before the coming step: a number where the host has it, else a 0-d tensor beside `like`."""
-    step = state.get("step", 0.0)
-    on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
-    return float(step) if on_host else step.to(like)
+def on_host(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number where the host has it, else a 0-d tensor as `like`."""
+    return value.to(like) if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _vector(values: Sequence[float | Tensor]) -> Tensor:
@@ -106,12 +104,12 @@ def _vector(values: Sequence[float | Tensor]) -> Tensor:
     return torch.stack([torch.as_tensor(value, device=on_device.device).reshape(()) for value in values])
 
 
-def _maximum_sum(param: AdamParameter, grad_scale: Tensor | None) -> Tensor:
+def _maximum_sum(grad: Tensor, state: Mapping[str, Any], beta2: float | Tensor, grad_scale: Tensor | None) -> Tensor:
     """Sum of the maximum that AMSGrad will divide by in the coming step (of a DTensor, over the part that is here)."""
-    grad = real_view(local_part(param.grad if grad_scale is None else param.grad / grad_scale))
+    grad = real_view(local_part(grad if grad_scale is None else grad / grad_scale))
     # Squares of small half-precision numbers underflow.
-    second = (1 - param.beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
-    if param.state:
-        moment, maximum = (real_view(local_part(param.state[key])) for key in (_MOMENT, "max_exp_avg_sq"))
-        second = torch.maximum(maximum, param.beta2 * moment + second)
+    second = (1 - beta2) * grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+    if state:
+        moment, maximum = (real_view(local_part(state[key])) for key in (_MOMENT, "max_exp_avg_sq"))
+        second = torch.maximum(maximum, beta2 * moment + second)
     return sums([second])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from .gradients import GradientSource, GroupGradients, with_gradients
 from .group_values import GroupValues
 from .parameter_gradients import ParameterGradients
 from .recurrence import Numbers, StepTotals, advance
-from .sharding import Shard
 from .validation import check_options, check_process_group
 from .wrappers import unwrapped
 
@@ -43,17 +41,16 @@ class ScheduledStep(NamedTuple):
 
 
 class _MeasuredStep(NamedTuple):
-    """A step that has not begun."""
+    """The gradients of the coming step, and what they must be multiplied by first."""
 
     totals: StepTotals
     clip: Tensor | None
 
 
 class _StepUnderWay(NamedTuple):
-    """What will be known once it is made."""
+    """What the groups will hold once this step is made, and what its gradients are multiplied by."""
 
     numbers: Numbers
-    tried_steps: int
     clip: Tensor | None
 
 
@@ -93,7 +90,7 @@ class WeightDecaySchedule(GroupValues):
         super().__init__(optimizer)
         self.decays = DecayWriter()
         self._clip_counts: tuple[Tensor | int, int] = (0, 0)
-        self._grad_norm: Tensor | float = 0.0
+        self._grad_norm = torch.zeros((), device="cpu")
         self._num_elements: Tensor | int = 0
         self._measured: _MeasuredStep | None = None
         """By [`clip_in_step`], for the step that comes next."""
@@ -169,8 +166,9 @@ class WeightDecaySchedule(GroupValues):
         """[`clip_grad_norm_`] that leaves the scaling to the step, for a caller who goes on to `step()` before anyone
         can look at a gradient. [`forget_clipping`] takes it back."""
         check_options({"max_norm": max_norm})
+        self._grad_norm = torch.zeros((), device="cpu")  # where there is no gradient at all
         self._measured = self._measure(with_gradients(self.optimizer), max_norm)
-        return torch.as_tensor(self._grad_norm).float()
+        return self._grad_norm.float()
 
     def forget_clipping(self) -> None:
         """The step that was to follow [`clip_in_step`] does not come."""
@@ -202,7 +200,7 @@ class WeightDecaySchedule(GroupValues):
     def end_step(self) -> None:
         """The step is made, and counts from now on. (If its kernel raises, this is not called: it did not happen.)"""
         if self._under_way is not None:
-            group_state.write_numbers(self.groups, self._under_way.numbers, self._under_way.tried_steps)
+            group_state.write_numbers(self.groups, self._under_way.numbers)
             self.source.end_step(self._under_way.clip)
 
     def _measure(self, groups: list[GroupGradients], max_norm: float) -> _MeasuredStep | None:
@@ -210,8 +208,7 @@ class WeightDecaySchedule(GroupValues):
         if max_norm and not self.unclipped_norm and any(group.get("amsgrad") for group in self.groups):
             self.clip_grad_norm_(max_norm)  # AMSGrad's maximum is looked up in the gradients as they will be
             max_norm = 0.0
-        before, tried_steps = self.numbers(self.source.device()), self.value("tried_steps")
-        totals = self.source.measure(groups, before, tried_steps=tried_steps, unclipped=self.unclipped_norm)
+        totals = self.source.measure(groups, self.numbers(), unclipped=self.unclipped_norm)
         if totals is None:
             return None
         if self.unclipped_norm and not (max_norm or self.source.clips_itself) and totals.squared_norm != 0:
@@ -227,13 +224,13 @@ class WeightDecaySchedule(GroupValues):
         totals, clip = measured
         self._num_elements = totals.num_elements
         numbers = advance(
-            self.numbers(self.source.device()),
+            self.numbers(),
             totals,
             clip=None if self.unclipped_norm else clip,
             reference_steps=self.reference_steps,
             found_inf=getattr(self.optimizer, "found_inf", None),
         )
-        return _StepUnderWay(numbers, self.value("tried_steps") + 1, clip)
+        return _StepUnderWay(numbers, clip)
 
     def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor | None:
         clipped, looks = self._clip_counts
@@ -246,35 +243,10 @@ class WeightDecaySchedule(GroupValues):
 
     # What engines, checkpoints and copies need
 
-    @property
-    def reads_parameters(self) -> bool:
-        """Whether the gradient is measured on the optimizer's own parameters, not told by an engine."""
-        return isinstance(self.source, ParameterGradients)
-
-    @property
-    def shards(self) -> Mapping[int, Shard]:
-        """By `id`, the parameters that are known to be divided without being DTensors."""
-        return self.source.shards if isinstance(self.source, ParameterGradients) else {}
-
-    def divide(self, *, shards: Mapping[int, Shard] | None = None, process_group: ProcessGroup | None = None) -> None:
-        """Sum over the ranks that hold the other parts of these parameters, or all others' parameters."""
-        if isinstance(self.source, ParameterGradients):
-            self.measure_by(self.source.divided(shards=shards, process_group=process_group))
-
     def measure_by(self, source: GradientSource) -> None:
         """Take the gradient of the whole model from `source` from now on."""
         self.source = source
         self.forget_clipping()
-
-    def detach(self) -> None:
-        """Give the optimizer back to itself, with the user's constant decay."""
-        for hook in self.hooks:
-            hook.remove()
-        for group in self.groups:
-            group_state.remove(group)
-        for key in group_state.OPTIONS:
-            self.optimizer.defaults.pop(key, None)
-        del self.optimizer.__dict__["_decay_schedule"]
 
     def as_saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A `state_dict` of the optimizer whose parameter groups have plain numbers, and the user's decay."""
@@ -291,4 +263,4 @@ class WeightDecaySchedule(GroupValues):
         self.source.refresh()
         group_state.complete(self.groups, self.optimizer.defaults)
         if self.step_count > 0:
-            self._write_decay(self.numbers(self.source.device()))  # of the last step
+            self._write_decay(self.numbers())  # of the last step

@@ -14,6 +14,8 @@ from .grad_norm import is_dtensor, local_part
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from .gradients import GroupGradients
+
 
 class Shard(NamedTuple):
     """What this rank holds of a parameter that is divided without being a DTensor."""
@@ -38,14 +40,14 @@ class Layout:
         self, params: Sequence[Tensor], shards: Mapping[int, Shard], process_group: ProcessGroup | None
     ) -> None:
         divided_over = [_dividing_groups(p, shards.get(id(p))) for p in params]
-        kinds = list(dict.fromkeys(divided_over)) or [()]  # parameters of one kind are added up before ranks are
+        kinds = list(dict.fromkeys(divided_over)) or [()]  # summed on this rank first, then over ranks
         groups = dict.fromkeys(group for kind in kinds for group in kind)
         self.is_local = not groups and process_group is None
         """Whether this rank needs no other to know everything."""
         self.ranks_differ = process_group is not None or any(shard.group for shard in shards.values())
-        """Whether a rank may hold other parameters than others, and so see changes that they do not."""
+        """Whether ranks hold different parameters, and so may see changes (a new state) that others do not."""
         self._num_kinds = len(kinds)
-        self._kind_of_param = torch.tensor([kinds.index(kind) for kind in divided_over], device="cpu")
+        self._kind_of = {id(p): kinds.index(kind) for p, kind in zip(params, divided_over, strict=True)}
         self._reductions = {
             group: torch.tensor([i for i, kind in enumerate(kinds) if group in kind], device="cpu") for group in groups
         }
@@ -58,12 +60,12 @@ class Layout:
         numel = local_part(p).numel() if shard is None else shard.numel
         return numel * (2 if p.is_complex() else 1)
 
-    def local_sums(self, values: Tensor, positions: Tensor | None) -> Tensor:
-        """Sums of numbers of parameters, of shape `(parameters, k)`, over those that are divided alike: shape
-        `(kinds, k)`. `positions`: which parameters; by default all."""
+    def local_sums(self, values: Tensor, groups: Sequence[GroupGradients]) -> Tensor:
+        """Sums of numbers of parameters with a gradient, of shape `(params, k)`, over those that are divided alike:
+        shape `(kinds, k)`."""
         if self._num_kinds == 1:
             return values.sum(0, keepdim=True)
-        kinds = self._kind_of_param if positions is None else self._kind_of_param[positions]
+        kinds = torch.tensor([self._kind_of[id(p)] for group in groups for p in group.params], device="cpu")
         return values.new_zeros(self._num_kinds, values.shape[1]).index_add_(0, kinds.to(values.device), values)
 
     def total(self, local_sums: Tensor) -> Tensor:

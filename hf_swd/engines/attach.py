@@ -8,6 +8,7 @@ from weakref import WeakSet
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..core.parameter_gradients import ParameterGradients
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
 from .refusals import (
@@ -80,8 +81,8 @@ def attach(optimizer: Any, model: nn.Module | None = None) -> WeightDecaySchedul
         refuse_other_parameters(optimizer, _params(schedule.optimizer), model)
         refuse_plain_shards(model)
         _refuse_division(schedule, model)
-        if schedule.reads_parameters and (shards := fsdp1_shards(model)):
-            schedule.divide(shards=shards)
+        if isinstance(schedule.source, ParameterGradients) and (shards := fsdp1_shards(model)):
+            schedule.source.divide(shards=shards)
     return schedule
 
 
@@ -103,9 +104,10 @@ def _bind_zero_redundancy(optimizer: Any) -> None:
     """torch's ZeroRedundancyOptimizer builds the optimizer of each rank's share itself, and so must hand it the
     ranks."""
     schedule = schedule_of(optimizer.optim)
-    if schedule is None or not schedule.reads_parameters or schedule.process_group is not None:
+    if schedule is None or schedule.process_group is not None:
         return
-    schedule.divide(process_group=optimizer.process_group)
+    assert isinstance(schedule.source, ParameterGradients)
+    schedule.source.divide(process_group=optimizer.process_group)
     # It saves groups that it has copied from the optimizer inside, as they are in memory.
     optimizer.register_state_dict_post_hook(lambda _, state_dict: schedule.as_saved(state_dict))
 
@@ -119,10 +121,11 @@ def _before_first_step(optimizer: Optimizer, schedule: WeightDecaySchedule) -> N
     params = _params(optimizer)
     callers = deepspeed_callers(optimizer)
     unattached = ""
-    if schedule.reads_parameters:
+    if isinstance(schedule.source, ParameterGradients):
+        shards = schedule.source.shards
         if any(map(find_zero_optimizer, callers)):
             unattached = "DeepSpeed ZeRO"
-        elif any(is_fsdp1_shard(p) and id(p) not in schedule.shards for p in params):
+        elif any(is_fsdp1_shard(p) and id(p) not in shards for p in params):
             unattached = "FSDP"
     if (callers or unattached) and not any(p.grad is not None and p.grad.any() for p in params):
         return
@@ -142,7 +145,7 @@ def _before_first_step(optimizer: Optimizer, schedule: WeightDecaySchedule) -> N
 
 def _refuse_division(schedule: WeightDecaySchedule, model: Any) -> None:
     """Of a model, or DeepSpeed's engine. Who builds an optimizer with a process group has said what ranks hold."""
-    says_so = schedule.reads_parameters and schedule.process_group is not None
+    says_so = schedule.process_group is not None
     refuse_divided_model(model.parameters(), None if says_so else getattr(model, "mpu", None))
 
 

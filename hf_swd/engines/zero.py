@@ -19,7 +19,6 @@ from torch import Tensor
 from ..core.grad_norm import sums
 from ..core.gradients import GradientSource, GroupGradients
 from ..core.group_state import OPTIONS
-from ..core.group_values import GroupValues
 from ..core.recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from ..core.schedule import WeightDecaySchedule, schedule_of
 from ..core.step_hooks import drive
@@ -113,9 +112,7 @@ class ZeroGradient(GradientSource):
     def refresh(self) -> None:
         self._must_read = True
 
-    def measure(
-        self, groups: list[GroupGradients], before: Numbers, *, tried_steps: int, unclipped: bool
-    ) -> StepTotals | None:
+    def measure(self, groups: list[GroupGradients], before: Numbers, *, unclipped: bool) -> StepTotals | None:
         norm = getattr(self._zero, "_global_grad_norm", None)
         if norm is None:
             raise RuntimeError(
@@ -205,14 +202,14 @@ def bind_zero(zero_optimizer: Any) -> WeightDecaySchedule:
                 f"{type(base).__name__} under offload adds weight_decay to the gradient: DeepSpeed must be given "
                 "adam_w_mode=True"
             )
-        values = GroupValues(base)
-        schedule = WeightDecaySchedule(base, **{key: values.value(key) for key in OPTIONS})
+        group = base.param_groups[0]
+        schedule = WeightDecaySchedule(base, **{key: group[key] for key in OPTIONS})
         drive(schedule)
     if schedule.max_grad_norm:
         raise RuntimeError(
             f"max_grad_norm={schedule.max_grad_norm:g} of {type(base).__name__}: DeepSpeed ZeRO clips by itself, "
             "before the optimizer sees a gradient; leave it out, and set gradient_clipping in DeepSpeed's config"
         )
-    if schedule.reads_parameters:
+    if not isinstance(schedule.source, ZeroGradient):
         schedule.measure_by(ZeroGradient(zero_optimizer))
     return schedule

@@ -48,8 +48,6 @@ def snapshot(optimizer: AdamS) -> tuple:
     tensors = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     tensors += [value.clone() for state in optimizer.state.values() for value in state.values()]
     groups = optimizer.state_dict()["param_groups"]
-    for group in groups:
-        del group["tried_steps"]  # which is what it was
     return tensors, (optimizer.grad_rms, optimizer.schedule.step_count, groups)
 
 

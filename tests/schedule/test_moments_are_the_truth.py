@@ -103,11 +103,11 @@ def test_groups_hold_the_number_and_states_nothing(kind, options):
     plain.steps(0, 4)
     own = {
         *("weight_decay", "initial_weight_decay", "scheduled_weight_decay", "reference_steps", "unclipped_norm"),
-        *("max_grad_norm", "schedule_step", "second_moment_mean", "reference_rms", "tried_steps"),
+        *("max_grad_norm", "schedule_step", "second_moment_mean", "reference_rms"),
     }
     for groups in (run.optimizer.param_groups, run.optimizer.state_dict()["param_groups"]):
         assert set(groups[0]) - set(plain.optimizer.param_groups[0]) == own - {"weight_decay"}
-        assert groups[0]["tried_steps"] == groups[0]["schedule_step"] == 4
+        assert groups[0]["schedule_step"] == 4
         assert math.sqrt(groups[0]["second_moment_mean"]) == pytest.approx(run.schedule.grad_rms, rel=1e-12)
     for mine, its in zip(run.state.values(), plain.state.values(), strict=True):
         assert set(mine) == set(its)
@@ -390,7 +390,7 @@ def test_step_that_raised_and_is_repeated_counts_once(kind, path, options, after
     with pytest.raises(torch.OutOfMemoryError), OutOfMemory(run.optimizer):
         run.optimizer.step()
     left = run.optimizer.state_dict()["param_groups"][0]
-    for key in ("schedule_step", "tried_steps", "second_moment_mean", "reference_rms", "weight_decay"):
+    for key in ("schedule_step", "second_moment_mean", "reference_rms", "weight_decay"):
         assert left[key] == before[key], key
     assert all(map(torch.equal, run.params, weights))
 
@@ -662,8 +662,7 @@ def of_0_1_0(run, own_sums=None):
     state_dict = copy.deepcopy(run.optimizer.state_dict())
     for group in state_dict["param_groups"]:
         group["num_elements"] = float(sum(p.numel() for p in run.params))
-        for key in ("max_grad_norm", "tried_steps"):
-            del group[key]
+        del group["max_grad_norm"]
     for state in state_dict["state"].values():
         step = float(state["step"])
         mean = state_dict["param_groups"][0]["second_moment_mean"]

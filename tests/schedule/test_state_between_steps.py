@@ -58,7 +58,7 @@ def test_group_added_then_saved(owner, loaded):
     saved = run.save()
 
     assert [g["weight_decay"] for g in saved.state_dict["param_groups"]] == [0.01, 0.05, 0.1]
-    for key in ("reference_steps", "schedule_step", "second_moment_mean", "reference_rms", "tried_steps"):
+    for key in ("reference_steps", "schedule_step", "second_moment_mean", "reference_rms"):
         assert len({g[key] for g in saved.state_dict["param_groups"]}) == 1, key
     assert saved.state_dict["param_groups"][2]["reference_steps"] == 5
     if loaded:

@@ -302,7 +302,7 @@ class LockStep:
     def step_that_raises(self, name: str | None = None) -> None:
         """Out of memory before anything was written: weights and schedule are as they were."""
         gradients, weights = self.present_gradients(), [p.detach().clone() for p in self.params]
-        kept = ("schedule_step", "second_moment_mean", "reference_rms", "tried_steps", "initial_weight_decay")
+        kept = ("schedule_step", "second_moment_mean", "reference_rms", "initial_weight_decay")
         before = [{key: group[key] for key in kept} for group in self.optimizer.state_dict()["param_groups"]]
         try:
             with OutOfMemory(self.optimizer, name):
