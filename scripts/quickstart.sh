@@ -14,14 +14,18 @@ output=outputs/quickstart
 echo "hf-swd quickstart: two short trainings on the CPU. They take about four minutes on two idle cores (here:"
 echo "$(getconf _NPROCESSORS_ONLN)), and the installation a few more the first time. It is $(date +%H:%M)."
 use_venv "$venv" "examples,plot"
+echo "What transformers prints goes to log.txt in the folder of each run, $output/TASK/RUN."
 export HF_HUB_OFFLINE=1
 rm -rf "$output"
 
 echo
 echo "1 of 2: a pretrained BERT (23 million parameters) is fine-tuned with AdamS on 3,700 sentences, at a usual weight"
 echo "decay of 0.01. Does weight decay matter there?"
-python examples/comparisons/compare_optimizers.py --task text --seeds 42 --optimizer adams:reference_steps=38 0.01 \
-    --output_dir "$output/bert" -- --num_train_epochs 1
+# `hf-swd advise` tells from the evaluations whether a run overfits: there are two, the second at the end, on half of the
+# validation sentences to take no longer than one on all of them.
+python examples/comparisons/compare_optimizers.py --task text --seeds 42 --optimizer adams:reference_steps=39 0.01 \
+    --output_dir "$output/bert" -- --max_steps 118 --eval_strategy steps --eval_steps 59 \
+    --max_eval_samples 500
 hf-swd advise "$output"/bert/*/
 
 echo

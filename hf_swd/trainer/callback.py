@@ -54,7 +54,7 @@ class SWDCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if is_scheduled(optimizer):
-            watch.begin(attach(optimizer, model), state, _clipping_norm(args), args.max_grad_norm or 0.0)
+            watch.begin(attach(optimizer, model), state, _clipping_norm(args), args)
         elif optimizer is not None:
             watch.begin_without_schedule(optimizer, state)
 

@@ -17,6 +17,7 @@ from .rounding import rounding_warning
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
+    from transformers.training_args import TrainingArguments
 
     from ..core.schedule import WeightDecaySchedule
 
@@ -43,6 +44,7 @@ class _Watch:
     first_step: int
     clips_before: tuple[int, int]
     clips_to: str = ""
+    unclipped: str = ""  # what to set for a schedule by the norm before clipping
     logs: int = 0
     clipped_logs: int = 0
     said: set[str] = field(default_factory=set)
@@ -68,11 +70,11 @@ def _begin(watched: Any, state: TrainerState, clips: tuple[int, int] = (0, 0)) -
     return watch
 
 
-def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, max_grad_norm: float) -> None:
-    """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded; its arguments say
-    `max_grad_norm`."""
+def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, args: TrainingArguments) -> None:
+    """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded."""
     watch = _begin(schedule, state, schedule.clip_statistics())
-    optimizer = schedule.optimizer
+    watch.unclipped = _unclipped(args)
+    optimizer, max_grad_norm = schedule.optimizer, args.max_grad_norm or 0.0
     if largest(optimizer, "initial_weight_decay") == 0:
         watch.warn(
             "no decay",
@@ -233,13 +235,14 @@ def _check_clipping(
         f"{clipped} of {seen} {of_what} were clipped to {watch.clips_to}. Clipped gradients all have the "
         f"same norm, so scheduled weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with "
         f"weight_decay={constant:.3g}. To let it follow the gradient, raise max_grad_norm above the usual grad_norm "
-        "of the log (0 clips nothing); or schedule by the norm before clipping, with unclipped_norm=true beside what "
-        f'optim_args holds: optim_args="{_kept_options(schedule)}unclipped_norm=true".',
+        f"of the log (0 clips nothing); or schedule by the norm before clipping: {watch.unclipped}.",
     )
 
 
-def _kept_options(schedule: WeightDecaySchedule) -> str:
-    """Of `optim_args`, as far as the optimizer knows them."""
-    options = schedule.optimizer.defaults
-    kept = {"reference_steps": schedule.reference_steps, "amsgrad": "true" if options.get("amsgrad") else ""}
-    return "".join(f"{key}={value}," for key, value in kept.items() if value)
+def _unclipped(args: TrainingArguments) -> str:
+    """With all else that `optim_args` holds: pasted without reference_steps, it would be another decay altogether."""
+    if args.optim != "adams":  # the optimizer was built by the user, who has no optim_args for it
+        return "unclipped_norm=True where the optimizer, or its ScheduledWeightDecay, is built"
+    given = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
+    kept = [item for item in given if item.partition("=")[0] != "unclipped_norm"]
+    return f'optim_args="{",".join([*kept, "unclipped_norm=true"])}"'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +14,25 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from compare_optimizers import TASKS, Progress, Run, command_of, finished, result_of
+from compare_optimizers import TASKS, Progress, Run, command_of, finished, parse_arguments, result_of
 from comparison_report import Measure, Results, plot_robustness, table, verdict
 from safetensors.torch import save_file
+from transformers import HfArgumentParser, TrainingArguments
+
+import hf_swd  # noqa: F401 - optim="adams"
+from hf_swd.trainer.optim_args import parse_optim_args
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "comparisons" / "compare_optimizers.py"
 ACCURACY = Measure("eval_accuracy", "accuracy", larger_is_better=True)
 LOSS = Measure("eval_loss", "validation loss")
+
+
+def quickstart():
+    """The comparisons of the quickstart, and the one that it proposes at its end."""
+    text = (SCRIPT.parents[2] / "scripts" / "quickstart.sh").read_text()
+    lines = re.sub(r"\\+\n", " ", text).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python examples/comparisons/compare_optim")]
 
 
 def row(optimizer, decay, seed, accuracy, mean_decay=None, **others):
@@ -232,6 +245,25 @@ def test_an_optimizer_without_good_decays_is_refused(given, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2 and "expected" in result.stderr
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("command", quickstart(), ids=["bert", "lm", "next"])
+def test_commands_of_the_quickstart(command, monkeypatch, tmp_path):
+    """They are valid, and the runs of all have what `hf-swd advise` needs: evaluations on the way and at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    asked = parse_arguments()
+    task = TASKS[asked.task]
+    parser = HfArgumentParser(TrainingArguments)
+    for optimizer, decays in asked.optimizers.items():
+        _, *options = line = command_of(Run(optimizer, decays[0], 0), task, asked.script_arguments)
+        given = [*options, "--output_dir", "out", "--use_cpu", "True"]
+        args, _ = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+        assert args.eval_strategy == "steps" and args.eval_steps < args.max_steps
+        assert args.max_steps % args.eval_steps == 0
+        assert ("--embedded" in line) != ("YOUR_TEXT.txt" in line)
+        if args.optim == "adams":
+            assert parse_optim_args(args.optim_args)["reference_steps"] <= args.max_steps / 3
 
 
 def test_the_end_of_the_output_of_a_run_that_fails_is_shown(tmp_path):

@@ -14,7 +14,12 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "examples").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
+    *sorted((ROOT / "examples").glob("*.md")),
+]
 FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```", re.M | re.S)
 BLOCKS = [
     pytest.param(match["code"], id=f"{path.relative_to(ROOT)}-{number}")
@@ -55,7 +60,7 @@ def test_links_and_scripts_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
-    for script in re.findall(r"\b((?:scripts|examples|tests)/[\w/.-]+\.(?:py|sh|yaml|json))\b", text):
+    for script in re.findall(r"\b((?:hf_swd|scripts|examples|tests)/[\w/.-]+\.(?:py|sh|yaml|json))\b", text):
         assert (ROOT / script).exists(), f"{path.name} names {script}"
 
 

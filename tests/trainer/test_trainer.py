@@ -568,7 +568,12 @@ def test_unclipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, change
     [
         (None, "unclipped_norm=true"),
         ("reference_steps=3", "reference_steps=3,unclipped_norm=true"),
-        ("amsgrad=true,reference_steps=3", "reference_steps=3,amsgrad=true,unclipped_norm=true"),
+        ("amsgrad=true, reference_steps=3", "amsgrad=true,reference_steps=3,unclipped_norm=true"),
+        ("unclipped_norm=false,foreach=true,fused=none", "foreach=true,fused=none,unclipped_norm=true"),
+        (
+            "base=adamw_torch,schedule_beta2=0.9,reference_steps=3",
+            "base=adamw_torch,schedule_beta2=0.9,reference_steps=3,unclipped_norm=true",
+        ),
     ],
 )
 def test_remedy_against_clipping_shows_all_of_optim_args(tmp_path, caplog, optim_args, shown):
@@ -579,6 +584,16 @@ def test_remedy_against_clipping_shows_all_of_optim_args(tmp_path, caplog, optim
     caplog.clear()
     train(tmp_path, optim_args=shown, weight_decay=5e-4, max_steps=4, max_grad_norm=0.05)
     assert messages(caplog) == []
+
+
+def test_remedy_against_clipping_for_an_optimizer_of_ones_own(tmp_path, caplog):
+    """`optim_args` would be ignored there."""
+    model = tiny_bert()
+    optimizer = create_adams(model, lr=1e-3, weight_decay=5e-4)
+    args = arguments(tmp_path, optim="adamw_torch", optim_args=None, max_steps=4, max_grad_norm=0.05)
+    Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, None)).train()
+    (message,) = messages(caplog)
+    assert "unclipped_norm=True where the optimizer" in message and "optim_args" not in message
 
 
 def test_a_warning_does_not_stand_behind_a_progress_bar(tmp_path, capsys):
