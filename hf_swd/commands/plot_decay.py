@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,22 +46,17 @@ def plot_against_decay(
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
     proposal = advice.proposal
     best = advice.metric.best(settings)
-    if proposal.optimum is not None and proposal.gain is not None:
+    if proposal.parabola is not None:
         place = decays.index(best.weight_decay)
-        left, right = (math.log(decay) for decay in (decays[place - 1], decays[place + 1]))
-        vertex = math.log(proposal.optimum)
+        left, right = decays[place - 1], decays[place + 1]
+        shown = [left * (right / left) ** (i / 100) for i in range(101)]
         sign = -1 if advice.metric.greater_is_better else 1
-        lowest = best.mean - sign * proposal.gain
-        # Through the vertex and one of its points, whichever is further from it.
-        end = max((place, place + 1), key=lambda i: abs(math.log(decays[i]) - vertex))
-        curvature = (means[end] - lowest) / (math.log(decays[end]) - vertex) ** 2
-        points = [left + (right - left) * i / 100 for i in range(101)]
-        parabola = [lowest + curvature * (x - vertex) ** 2 for x in points]
-        axes.plot([*map(math.exp, points)], parabola, "--", color=COLOURS[1], label="parabola", zorder=1)
-    if proposal.weight_decay is not None:
-        axes.axvline(proposal.weight_decay, color=COLOURS[2], label=f"next: {proposal.weight_decay:g}")
-    else:
-        axes.axvline(best.weight_decay, color=COLOURS[2], label=f"stop here: {best.weight_decay:g}")
+        heights = [best.mean + sign * proposal.parabola.above_best(decay) for decay in shown]
+        axes.plot(shown, heights, "--", color=COLOURS[1], label="parabola", zorder=1)
+    verdict, decay = "next", proposal.weight_decay
+    if decay is None:
+        verdict, decay = "stop here", best.weight_decay
+    axes.axvline(decay, color=COLOURS[2], label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -71,6 +65,4 @@ def plot_against_decay(
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    first = Path(output_dirs[0])
-    folder = first if first.is_dir() else first.parent
-    return save_figure(figure, folder / "swd_plot.png" if output is None else Path(output))
+    return save_figure(figure, Path(output_dirs[0]), output)
