@@ -45,17 +45,13 @@ class Metric:
             return math.nan
         return float((max if self.greater_is_better else min)(values) if self.at_best else values[-1])
 
-    def best(self, settings: Sequence[Setting]) -> Setting:
-        return (max if self.greater_is_better else min)(settings, key=lambda setting: setting.mean)
-
 
 @dataclass(frozen=True)
-class Setting:
-    """A weight decay and the runs that had it, which differ in their seeds."""
+class Setting(Tried):
+    """A weight decay that was tried, and the runs that had it, which differ in their seeds."""
 
-    weight_decay: float
-    runs: list[Run]
-    values: list[float]  # of the metric
+    runs: Sequence[Run] = ()
+    values: Sequence[float] = ()  # of the metric
 
     @property
     def mean(self) -> float:
@@ -100,23 +96,22 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     same, left_out = _alike(runs)
     judge = _metric(same[0], metric)
     settings = _settings(same, judge)
+    lines = [_head(same), *left_out]
     if metric and all(math.isnan(judge.of(run)) for run in same):
         known = ", ".join(_keys(same)) or "no evaluation"
         raise ValueError(f"metric={metric!r}: no run has it; they have {known}")
     if not settings:
         shown = same[-1]
         why = "No weight decay can be judged: no evaluation with a known weight_decay is in the log (eval_strategy)."
-        lines = [_head(same), *left_out, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)]
-        return Advice(lines, judge, [], None)
+        return Advice([*lines, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)], judge, [], None)
     judged = [id(run) for setting in settings for run in setting.runs]
     lost = f"no finite {judge.key}, or no known weight_decay"
-    left_out += [_left_out(run, lost) for run in same if id(run) not in judged]
-    best = judge.best(settings)
+    lines += [_left_out(run, lost) for run in same if id(run) not in judged]
+    best = min(settings, key=lambda setting: setting.loss)
     shown = best.runs[0]
     deviation, source = _noise(settings)
     noise = deviation / math.sqrt(len(best.values))
-    proposal = _propose(settings, best, judge, noise)
-    lines = [_head(same), *left_out]
+    proposal = _propose(settings, best, noise)
     if len(same) > 1:
         lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
@@ -163,7 +158,7 @@ def _left_out(run: Run, reason: str) -> str:
 def _traits(run: Run) -> dict[str, str]:
     """What runs must have in common."""
     epochs = run.epochs and f"{run.epochs:.3g}"
-    traits = {"steps": run.last_step, "epochs": epochs, "saved parameters": run.num_parameters}
+    traits = {"steps": run.last_step, "epochs": epochs, "saved parameters": sum(run.dtypes.values())}
     traits |= {name: value for name, value in run.arguments.items() if not name.startswith(_IRRELEVANT)}
     return {name: str(getattr(value, "args", value)) for name, value in traits.items() if value is not None}
 
@@ -186,7 +181,21 @@ def _settings(runs: Sequence[Run], metric: Metric) -> list[Setting]:
     for run in runs:
         if run.weight_decay is not None and math.isfinite(metric.of(run)):
             by_decay[run.weight_decay].append(run)
-    return [Setting(decay, runs, [*map(metric.of, runs)]) for decay, runs in sorted(by_decay.items())]
+    return [_setting(decay, alike, metric) for decay, alike in sorted(by_decay.items())]
+
+
+def _setting(weight_decay: float, runs: Sequence[Run], metric: Metric) -> Setting:
+    values = [metric.of(run) for run in runs]
+    return Setting(
+        weight_decay,
+        loss=statistics.fmean(values) * (-1 if metric.greater_is_better else 1),
+        total=_mean(run.total_decay for run in runs),
+        gap=_mean(run.gap for run in runs),
+        # Other metrics waver, so that their last is below their best, overfitted or not.
+        rise=_mean(run.rise for run in runs) if metric.key.endswith("loss") else None,
+        runs=runs,
+        values=values,
+    )
 
 
 def _noise(settings: Sequence[Setting]) -> tuple[float, str]:
@@ -200,8 +209,8 @@ def _noise(settings: Sequence[Setting]) -> tuple[float, str]:
     return part, f"One seed each: differences below {part:.2g} ({100 * CONSTANTS.noise:g} %) are taken for noise."
 
 
-def _propose(settings: Sequence[Setting], best: Setting, metric: Metric, noise: float) -> Proposal:
-    tried = [_tried(setting, metric) for setting in settings if setting.weight_decay > 0]
+def _propose(settings: Sequence[Setting], best: Setting, noise: float) -> Proposal:
+    tried = [setting for setting in settings if setting.weight_decay > 0]
     if best.weight_decay > 0:
         return propose(tried, noise)
     overfits = (_mean(run.rise for run in best.runs) or 0) > CONSTANTS.rise
@@ -209,18 +218,6 @@ def _propose(settings: Sequence[Setting], best: Setting, metric: Metric, noise: 
     if tried or not overfits or not rate:
         return Proposal(None, "no weight decay is as good as any, and nothing speaks for one")
     return Proposal(CONSTANTS.total / rate, "the model overfits, without weight decay")
-
-
-def _tried(setting: Setting, metric: Metric) -> Tried:
-    runs = setting.runs
-    return Tried(
-        setting.weight_decay,
-        -setting.mean if metric.greater_is_better else setting.mean,
-        total=_mean(run.total_decay for run in runs),
-        gap=_mean(run.gap for run in runs),
-        # Other metrics waver, so that their last is below their best, overfitted or not.
-        rise=_mean(run.rise for run in runs) if metric.key.endswith("loss") else None,
-    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -234,7 +231,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _head(runs: Sequence[Run]) -> str:
     first = runs[0]
     passes = "" if first.epochs is None else f", {first.epochs:.3g} passes over the training data"
-    size = f", {first.num_parameters / 1e6:.3g} M saved parameters" if first.num_parameters else ""
+    size = f", {sum(first.dtypes.values()) / 1e6:.3g} M saved parameters" if first.dtypes else ""
     name, decay = f"{len(runs)} runs that differ in weight decay and seed at most", ""
     if len(runs) == 1:
         name = str(first.path)
@@ -268,14 +265,16 @@ def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -
         if key == metric.key or key.endswith(("_runtime", "_per_second", "_time")):
             continue
         other = Metric(key, not key.endswith(_LESS_IS_BETTER), metric.at_best)
-        judged = {setting.weight_decay: setting for setting in _settings(runs, other)}
-        if best.weight_decay in judged:
-            found, ours = other.best([*judged.values()]), judged[best.weight_decay].mean
-            if abs(found.mean - ours) > CONSTANTS.noise * abs(ours):
-                differs = (
-                    f"{found.weight_decay:g} is the best ({found.mean:.4g}), not {best.weight_decay:g} ({ours:.4g})"
+        judged = _settings(runs, other)
+        for ours in judged:
+            found = min(judged, key=lambda setting: setting.loss)
+            if ours.weight_decay == best.weight_decay and abs(found.mean - ours.mean) > CONSTANTS.noise * abs(
+                ours.mean
+            ):
+                lines.append(
+                    f"By {key}, {found.weight_decay:g} is the best ({found.mean:.4g}), not {ours.weight_decay:g} "
+                    f"({ours.mean:.4g}): --metric {key.removeprefix('eval_')} decides by it."
                 )
-                lines.append(f"By {key}, {differs}: --metric {key.removeprefix('eval_')} decides by it.")
     return lines
 
 
@@ -315,7 +314,7 @@ def _decay_of(run: Run) -> list[str]:
     if decays:
         lines.append(f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}, {run.mean_decay:.3g} in the mean.")
     lines += _rounding_of(run)
-    norms, limit = run.column("grad_norm"), run.max_grad_norm
+    norms, limit = run.column("grad_norm"), run.number("max_grad_norm")
     clipped = sum(norm > limit for norm in norms) if limit else 0
     if norms and clipped >= _ALL * len(norms):
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -99,12 +100,10 @@ def _names(runs: Sequence[Run], folders: Sequence[str]) -> list[str]:
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
 
-    def name(folder: Path) -> str:
-        for count in range(1, len(folder.parts)):
-            end = folder.parts[-count:]
-            if sum(other.parts[-count:] == end for other in folders) == 1:
-                return os.path.join(*end)
-        return str(folder)
+    def name(own: Path) -> str:
+        ends = (own.parts[-count:] for count in range(1, len(own.parts)))
+        unique = (end for end in ends if sum(folder.parts[-len(end) :] == end for folder in folders) == 1)
+        return os.path.join(*next(unique, own.parts))
 
     return [name(folder) for folder in folders]
 
@@ -128,10 +127,9 @@ def styles_of(optimizers: Sequence[str]) -> list[dict[str, Any]]:
     for index, name in enumerate(optimizers):
         before = list(optimizers[:index]).count(name)
         place = 0 if name in _COLOUR_OF else others.index(name)
-        red, green, blue = to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)]))
         white = min(0.3 * before, 0.6)
-        colour = to_hex((red + white * (1 - red), green + white * (1 - green), blue + white * (1 - blue)))
-        styles.append({"color": colour, "linestyle": _LINES[(place + before) % len(_LINES)]})
+        red, green, blue = (c + white * (1 - c) for c in to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)])))
+        styles.append({"color": to_hex((red, green, blue)), "linestyle": _LINES[(place + before) % len(_LINES)]})
     return styles
 
 
@@ -143,12 +141,9 @@ def require_matplotlib() -> None:
         raise ImportError(f'plotting needs matplotlib: pip install "hf-swd[plot]" ({error})') from None
 
 
-def dress(axes: Axes) -> None:
-    """What all panels over optimizer steps look like."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+def dress(axes: Axes, label: str) -> None:
+    """What all pictures over steps or weight decay look like."""
+    axes.set_xlabel(label)
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -196,6 +191,7 @@ def _draw(runs: Sequence[Run], names: Sequence[str]) -> Figure:
 
 def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key: str) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     drawn: list[tuple[float, float]] = []
     has_evaluations = False
@@ -204,19 +200,20 @@ def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key
         points = run.logged(key)
         if key == "swd/weight_decay" and not points and run.constant_decay is not None:
             points = [(entry["step"], run.constant_decay) for entry in run.history]
-        few = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
-        _draw_line(axes, points, style, {**few, "label": name})
+        few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
+        _draw_line(axes, points, style, label=name, **few)
         drawn += points
         if key == "loss" and (evaluations := run.logged("eval_loss")):
             has_evaluations = True
-            _draw_line(axes, evaluations, style, {**_EVALUATION, "marker": marker, "label": f"{name} (evaluation)"})
+            _draw_line(axes, evaluations, style, label=f"{name} (evaluation)", marker=marker, **_EVALUATION)
             drawn += evaluations
     values = _set_limits(axes, drawn) if key != "swd/weight_decay" else [value for _, value in drawn]
     if has_evaluations:
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
         axes.legend(lines, ["training", "evaluation"], frameon=False)
     _set_scale(axes, values)
-    dress(axes)
+    dress(axes, "optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if not any(map(math.isfinite, values)):
         words = "NaN or infinite at all steps" if values else "not logged"
         axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.4")
@@ -225,23 +222,17 @@ def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key
             axes.set_xticks([])
 
 
-def _draw_line(
-    axes: Axes, points: Sequence[tuple[float, float]], style: dict[str, Any], details: dict[str, Any]
-) -> None:
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], style: dict[str, Any], **details: Any) -> None:
     """A curve, and along the upper edge a line over each stretch of points that no curve can show, with a cross where
     it begins."""
     if points:
         axes.plot(*zip(*points, strict=True), **style, **details)
-    at_edge: dict[str, Any] = {
-        "marker": "x",
-        "markevery": [0],
-        "transform": axes.get_xaxis_transform(),
-        "clip_on": False,
-    }
+    cross: dict[str, Any] = {"marker": "x", "markevery": [0]}
+    edge = axes.get_xaxis_transform()
     for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
         if not is_finite:
             steps = [step for step, _ in stretch]
-            axes.plot(steps, [1.0] * len(steps), **style, **at_edge)
+            axes.plot(steps, [1.0] * len(steps), **style, **cross, transform=edge, clip_on=False)
 
 
 def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float]:
@@ -289,8 +280,5 @@ def _label(run: Run, name: str) -> str:
         step, value = min(points, key=lambda point: point[0])
         notes.append(f"first {'NaN' if math.isnan(value) else 'infinity'} at step {step:g}")
     label = f"{name} ({', '.join(notes)})" if notes else name
-    if len(label) > _LEGEND_CHARACTERS:
-        half = _LEGEND_CHARACTERS // 2
-        label = f"{label[:half]}…{label[-half:]}"
     # A dollar would begin a formula, and matplotlib leaves out labels that begin with an underscore.
-    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
+    return re.sub("^_", "\u200b_", textwrap.fill(label, _LEGEND_CHARACTERS).replace("$", r"\$"))

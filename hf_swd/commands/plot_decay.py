@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .advise import advise
-from .plot import COLOURS, require_matplotlib, save_figure
+from .plot import COLOURS, dress, require_matplotlib, save_figure
 
 
 def plot_against_decay(
@@ -39,13 +39,13 @@ def plot_against_decay(
     axes = figure.subplots()
     for setting in settings:
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
-    decays, means = [setting.weight_decay for setting in settings], [setting.mean for setting in settings]
-    axes.plot(decays, means, "o-", color=COLOURS[0], label="mean over the seeds")
+    decays = [setting.weight_decay for setting in settings]
+    axes.plot(decays, [setting.mean for setting in settings], "o-", color=COLOURS[0], label="mean over the seeds")
     for setting in advice.settings:
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
     proposal = advice.proposal
-    best = advice.metric.best(settings)
+    best = min(settings, key=lambda setting: setting.loss)
     if proposal.parabola is not None:
         place = decays.index(best.weight_decay)
         left, right = decays[place - 1], decays[place + 1]
@@ -60,9 +60,7 @@ def plot_against_decay(
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("weight decay")
+    dress(axes, "weight decay")
     axes.set_ylabel(f"{advice.metric.key}{', best' if advice.metric.at_best else ', at the end'}")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return save_figure(figure, Path(output_dirs[0]), output)

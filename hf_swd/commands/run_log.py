@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 STATE = "trainer_state.json"
@@ -50,11 +50,7 @@ class Run:
 
     @property
     def weight_decay(self) -> float | None:
-        return self._number("weight_decay")
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        return self._number("max_grad_norm")
+        return self.number("weight_decay")
 
     @property
     def constant_decay(self) -> float | None:
@@ -62,12 +58,8 @@ class Run:
         is_constant = self.weight_decay == 0 or any(part in self.optim for part in _CONSTANT_DECAY)
         return self.weight_decay if is_constant else None
 
-    @property
-    def num_parameters(self) -> int:
-        """0 without saved weights."""
-        return sum(self.dtypes.values())
-
-    def _number(self, key: str) -> float | None:
+    def number(self, key: str) -> float | None:
+        """A finite number among the arguments; `None` for anything else."""
         value = self.arguments.get(key)
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -221,9 +213,10 @@ def _read_arguments(folders: Iterable[Path]) -> dict[str, Any]:
     one; empty if there is none that can be read. Objects in it have stand-ins, so that none of their code runs.
     """
     for folder in folders:
-        for read in (_read_pickled, _read_json):
-            with suppress(Exception):  # absent, damaged, or of another format: then they are not known
-                arguments = read(folder)
+        for name, read in (("training_args.bin", _unpickled), ("training_args.json", json.load)):
+            # Absent, damaged, or of another format: then they are not known.
+            with suppress(Exception), (folder / name).open("rb") as file:
+                arguments = read(file)
                 optim = arguments.get("optim", "")
                 # A member of an Enum is pickled by value or by name, and adams by a function without arguments.
                 parts = getattr(optim, "args", (optim,))
@@ -274,10 +267,6 @@ class _Unknown(dict[Any, Any]):
     def __init__(self, *args: Any):
         self.args = args
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.update(state)
-
     def extend(self, items: Any) -> None: ...
 
 
@@ -285,16 +274,11 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         return _Unknown
 
-    def persistent_load(self, pid: Any) -> None:
-        return None
+    def persistent_load(self, pid: Any) -> None: ...
 
 
-def _read_pickled(folder: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(folder / "training_args.bin") as archive:
-        member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(member) as file:
-            return dict(_Unpickler(file).load())
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "training_args.json").read_bytes()))
+def _unpickled(file: IO[bytes]) -> dict[str, Any]:
+    """The attributes of an object that `torch.save` wrote."""
+    with zipfile.ZipFile(file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return {**vars(_Unpickler(archive.open(name)).load())}
