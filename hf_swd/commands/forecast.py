@@ -158,8 +158,9 @@ def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> P
 
 def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
     if below.total and best.total and below.total < constants.matters < best.total:
-        # All that is too weak to matter is one: it stands where it begins to matter.
-        below = replace(below, weight_decay=below.weight_decay * constants.matters / below.total)
+        # All that is too weak to matter is one: it stands where it begins to matter, if that is not at the best.
+        least = below.weight_decay * constants.matters / below.total
+        below = replace(below, weight_decay=max(below.weight_decay, min(least, best.weight_decay / _LEAST)))
     parabola = Parabola.through(below, best, above)
     optimum, room = parabola.optimum, above.weight_decay / best.weight_decay
     if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _LEAST:

@@ -217,6 +217,8 @@ def test_decays_too_weak_to_matter_do_not_widen_the_parabola():
     weak, least = (Tried(decay, 2.2, total=decay) for decay in (0.001, 0.1))
     strong = [Tried(2.0, 1.6, total=2.0), Tried(4.0, 1.8, total=4.0)]
     assert propose([weak, *strong]) == propose([least, *strong])
+    # One that just matters is not taken for nearly the same as the least, which would make a steep parabola.
+    assert propose([weak, Tried(0.101, 2.1, total=0.101), strong[1]]).parabola.gain < 0.1
     assert propose([weak, *strong]).parabola.optimum > 0.5 > Parabola.through(weak, *strong).optimum
 
 
