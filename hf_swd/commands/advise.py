@@ -266,15 +266,13 @@ def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -
             continue
         other = Metric(key, not key.endswith(_LESS_IS_BETTER), metric.at_best)
         judged = _settings(runs, other)
-        for ours in judged:
-            found = min(judged, key=lambda setting: setting.loss)
-            if ours.weight_decay == best.weight_decay and abs(found.mean - ours.mean) > CONSTANTS.noise * abs(
-                ours.mean
-            ):
-                lines.append(
-                    f"By {key}, {found.weight_decay:g} is the best ({found.mean:.4g}), not {ours.weight_decay:g} "
-                    f"({ours.mean:.4g}): --metric {key.removeprefix('eval_')} decides by it."
-                )
+        found = min(judged, key=lambda setting: setting.loss, default=best)
+        ours = next((setting for setting in judged if setting.weight_decay == best.weight_decay), found)
+        if abs(found.mean - ours.mean) > CONSTANTS.noise * abs(ours.mean):
+            lines.append(
+                f"By {key}, {found.weight_decay:g} is the best ({found.mean:.4g}), not {ours.weight_decay:g} "
+                f"({ours.mean:.4g}): --metric {key.removeprefix('eval_')} decides by it."
+            )
     return lines
 
 
@@ -343,10 +341,10 @@ def _rounding_of(run: Run) -> list[str]:
 
 def _conclusion(proposal: Proposal, best: Setting, noise: float) -> list[str]:
     lines = []
-    if proposal.parabola is not None:
+    if (parabola := proposal.parabola) is not None:
         lines.append(
-            "A parabola through it and its neighbours has its optimum at "
-            f"{proposal.parabola.optimum:.3g}, better by {proposal.parabola.gain:.2g}; the noise is {noise:.2g}."
+            f"A parabola through it and its neighbours has its optimum at {parabola.optimum:.3g}, better by "
+            f"{parabola.gain:.2g}; the noise is {noise:.2g}."
         )
     if proposal.weight_decay is None:
         return [*lines, f"Stop here, at {best.weight_decay:g}: {proposal.reason}."]

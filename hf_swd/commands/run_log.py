@@ -74,12 +74,12 @@ class Run:
     @cached_property
     def training(self) -> list[dict[str, Any]]:
         """The logs of training steps with a learning rate, their steps growing."""
-        return _growing(entry for entry in self.history if _is_number(entry.get("learning_rate")))
+        return _growing(entry for entry in self.history if isinstance(entry.get("learning_rate"), (int, float)))
 
     @cached_property
     def entries(self) -> list[dict[str, Any]]:
         """Those of `training` without NaN and infinity."""
-        return [log for log in self.training if all(math.isfinite(v) for v in log.values() if _is_number(v))]
+        return [log for log in self.training if all(math.isfinite(v) for v in log.values() if isinstance(v, float))]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -255,10 +255,6 @@ def _growing(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if step > (result[-1]["step"] if result else 0):
             result.append({**entry, "step": step})
     return result
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class _Unknown(dict[Any, Any]):
