@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run_log import Run, find_state, read_run
+from .run_log import Run, read_run
 
 
 if TYPE_CHECKING:
@@ -66,26 +66,27 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     paths = [Path(path) for path in output_dirs]
     if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    folders = {find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
-    runs = [_read(state) for state in folders]
-    return save_figure(_draw(runs, _names(runs, _short_names([*folders.values()]))), paths[0], output)
+    runs = [*{run.state: run for run in map(_read, paths)}.values()]
+    return save_figure(_draw(runs, _names(runs)), paths[0], output)
 
 
 # Reading
 
 
-def _read(state: Path) -> Run:
-    run = read_run(state)
+def _read(path: Path) -> Run:
+    run = read_run(path)
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
-            f"{state}: log_history has {len(run.history)} entries and none with {', '.join(_PANELS)} or eval_loss; "
-            "train with logging_steps smaller than the number of optimizer steps (the Trainer's default is 500)"
+            f"{run.state}: log_history has {len(run.history)} entries and none with {', '.join(_PANELS)} or "
+            "eval_loss; train with logging_steps smaller than the number of optimizer steps (the Trainer's default is "
+            "500)"
         )
     return run
 
 
-def _names(runs: Sequence[Run], folders: Sequence[str]) -> list[str]:
+def _names(runs: Sequence[Run]) -> list[str]:
     """By optimizer and weight decay; by `optim_args` and folder, too, where runs do not differ in that."""
+    folders = _short_names([(run.path if run.path.is_dir() else run.path.parent).resolve() for run in runs])
     names = [
         folder if not run.optim or run.weight_decay is None else f"{name_of(run.optim)} {run.weight_decay:g}"
         for run, folder in zip(runs, folders, strict=True)
@@ -171,7 +172,7 @@ def _draw(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    labels = [_label(run, name) for run, name in zip(runs, names, strict=True)]
+    labels = [*map(_label, runs, names)]
     columns = max(1, min(len(runs), _LEGEND_CHARACTERS // (max(map(len, labels)) + 9)))
     height = 3.3 + 0.19 * math.ceil(len(runs) / columns)
     styles = styles_of([name_of(run.optim) or name for run, name in zip(runs, names, strict=True)])

@@ -168,18 +168,14 @@ def read_run(output_dir: Path) -> Run:
         FileNotFoundError: no `trainer_state.json`.
         ValueError: it is none.
     """
-    state = find_state(output_dir)
+    state = _find_state(output_dir)
     # The other files may lie beside the state, or if that is a checkpoint's, in the folder of the run.
     folders = [state.parent, state.parent.parent] if state.parent.name.startswith("checkpoint-") else [state.parent]
     return Run(output_dir, state, _read_history(state), _read_arguments(folders), _read_dtypes(folders))
 
 
-def find_state(path: Path) -> Path:
-    """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+def _find_state(path: Path) -> Path:
+    """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself."""
     if path.is_file():
         return path.resolve()
     if not path.is_dir():
