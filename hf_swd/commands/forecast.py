@@ -56,19 +56,46 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Parabola:
+    """
+    A loss over the logarithm of weight decay.
+
+    Args:
+        optimum: weight decay at its vertex.
+        gain: by how much the loss is lower there than at the best weight decay that was tried.
+        curvature: coefficient of the square.
+    """
+
+    optimum: float
+    gain: float
+    curvature: float
+
+    @classmethod
+    def through(cls, left: Tried, best: Tried, right: Tried) -> Parabola:
+        a, b = (math.log(one.weight_decay / best.weight_decay) for one in (left, right))
+        curvature = ((right.loss - best.loss) / b - (left.loss - best.loss) / a) / (b - a)
+        slope = (right.loss - best.loss) / b - curvature * b
+        if curvature <= 0:  # all three are equal
+            return cls(best.weight_decay, 0.0, 0.0)
+        return cls(best.weight_decay * math.exp(-slope / (2 * curvature)), slope**2 / (4 * curvature), curvature)
+
+    def above_best(self, weight_decay: float) -> float:
+        """By how much the loss is higher there than at the best weight decay that was tried."""
+        return self.curvature * math.log(weight_decay / self.optimum) ** 2 - self.gain
+
+
+@dataclass(frozen=True)
 class Proposal:
     """
     Args:
         weight_decay: the next to try; `None` for the best that was.
         reason: why.
-        optimum: of the parabola, where there is one.
-        gain: what the parabola promises at its optimum.
+        parabola: through the best and its neighbours, where there are two.
     """
 
     weight_decay: float | None
     reason: str
-    optimum: float | None = None
-    gain: float | None = None
+    parabola: Parabola | None = None
 
 
 def propose(tried: Sequence[Tried], noise: float | None = None, constants: Constants = CONSTANTS) -> Proposal:
@@ -131,16 +158,17 @@ def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> P
 
 def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
     if below.total and best.total and below.total < constants.matters < best.total:
-        # All that is too weak to matter is one: it stands where it begins to matter.
-        below = replace(below, weight_decay=below.weight_decay * constants.matters / below.total)
-    optimum, gain = parabola(below, best, above)
-    room = above.weight_decay / best.weight_decay
+        # All that is too weak to matter is one: it stands where it begins to matter, if that is not at the best.
+        least = below.weight_decay * constants.matters / below.total
+        below = replace(below, weight_decay=max(below.weight_decay, min(least, best.weight_decay / _LEAST)))
+    parabola = Parabola.through(below, best, above)
+    optimum, room = parabola.optimum, above.weight_decay / best.weight_decay
     if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _LEAST:
         decay = best.weight_decay * _factor(best, constants, _SAME, math.sqrt(room))
-        return Proposal(_rounded(decay), "the best so far still overfits", optimum, gain)
-    if gain < noise or 1 / _SAME < optimum / best.weight_decay < _SAME:
-        return Proposal(None, "no more than that is to be gained", optimum, gain)
-    return Proposal(_rounded(optimum), "it is that optimum", optimum, gain)
+        return Proposal(_rounded(decay), "the best so far still overfits", parabola)
+    if parabola.gain < noise or 1 / _SAME < optimum / best.weight_decay < _SAME:
+        return Proposal(None, "no more than that is to be gained", parabola)
+    return Proposal(_rounded(optimum), "it is that optimum", parabola)
 
 
 def _overfits(run: Tried, constants: Constants) -> bool:
@@ -155,26 +183,3 @@ def _factor(run: Tried, constants: Constants, least: float, most: float) -> floa
 
 def _rounded(decay: float) -> float:
     return float(f"{decay:.2g}")
-
-
-def parabola(left: Tried, middle: Tried, right: Tried) -> tuple[float, float]:
-    """Weight decay at the vertex of the parabola over its logarithm, and by how much the loss is lower there than in
-    the middle, which is the lowest of the three."""
-    a, b = (math.log(one.weight_decay / middle.weight_decay) for one in (left, right))
-    curvature = ((right.loss - middle.loss) / b - (left.loss - middle.loss) / a) / (b - a)
-    slope = (right.loss - middle.loss) / b - curvature * b
-    if curvature <= 0:  # all three are equal
-        return middle.weight_decay, 0.0
-    return middle.weight_decay * math.exp(-slope / (2 * curvature)), slope**2 / (4 * curvature)
-
-
-def total_decay(steps: Sequence[int], rates: Sequence[float], decays: Sequence[float]) -> float:
-    """
-    Sum of learning rate times weight decay over all steps, by the trapezoidal rule between logs: the weights would
-    shrink by the factor `exp(-total_decay)` if nothing else moved them.
-    """
-    products = [rate * decay for rate, decay in zip(rates, decays, strict=True)]
-    total = steps[0] * products[0]
-    for i in range(1, len(steps)):
-        total += (steps[i] - steps[i - 1]) * (products[i] + products[i - 1]) / 2
-    return total

@@ -45,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, run_parser = _parsers()
     # By hand, because every word after SCRIPT is the script's, also `--help` and `--`.
     if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
-        target = argv[1:]
-        module = target[:1] == ["-m"]
-        if module:
-            del target[0]
+        module = argv[1:2] == ["-m"]
+        target = argv[2 if module else 1 :]
         if not target:
             run_parser.error("MODULE is missing" if module else "SCRIPT or -m MODULE is missing")
         if not module and target[0].startswith("-"):
@@ -136,8 +134,6 @@ def _run(target: str, arguments: list[str], is_module: bool) -> int:
     except _NotFoundError as error:
         print(f"hf-swd run: {error}", file=sys.stderr)
         return 2
-    except SystemExit:
-        raise
     except BaseException as error:
         # Raised on, so that the interpreter ends the process as it always does: the script's own excepthook, exit
         # code, SIGINT.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run_log import find_state, has_decoupled_decay, read_arguments, read_history, read_number, run_folders
+from .run_log import Run, read_run
 
 
 if TYPE_CHECKING:
@@ -36,37 +36,6 @@ _EVALUATION: dict[str, Any] = {"markersize": 4.5, "markerfacecolor": "none"}
 _FEW_POINTS = 15
 _BEGINNING = 0.1  # of a training: its steep first values are left out where others would be flat beside them
 _LEGEND_CHARACTERS = 130
-
-
-@dataclass
-class _Run:
-    log: list[dict[str, Any]]
-    arguments: dict[str, Any]
-    folder: str
-    name: str = ""
-
-    @property
-    def optimizer(self) -> str:
-        """What it is called in pictures; empty if it is not known."""
-        return name_of(self.arguments.get("optim", ""))
-
-    @property
-    def constant_decay(self) -> float | None:
-        """`weight_decay` of an optimizer that decouples it from the gradient and keeps it constant."""
-        optim = self.arguments.get("optim", "")
-        is_constant = optim != "adams" and has_decoupled_decay(optim)
-        return read_number(self.arguments, "weight_decay") if is_constant else None
-
-    def logged(self, key: str) -> list[tuple[float, float]]:
-        """Steps and values of a log key, NaN and infinity included."""
-        return [(entry["step"], entry[key]) for entry in self.log if isinstance(entry.get(key), (int, float))]
-
-    def drawn(self, key: str) -> list[tuple[float, float]]:
-        """What is logged, and for an unscheduled weight decay its constant at every step of the log."""
-        points = self.logged(key)
-        if key == "swd/weight_decay" and not points and self.constant_decay is not None:
-            return [(entry["step"], self.constant_decay) for entry in self.log]
-        return points
 
 
 def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None) -> Path:
@@ -97,50 +66,45 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     paths = [Path(path) for path in output_dirs]
     if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    folders = {find_state(path): (path if path.is_dir() else path.parent).resolve() for path in paths}
-    names = _short_names(list(folders.values()))
-    runs = [_read(state, name) for state, name in zip(folders, names, strict=True)]
-    _name(runs)
-    first = paths[0]
-    target = (first if first.is_dir() else first.parent) / "swd_plot.png" if output is None else Path(output)
-    return save_figure(_draw(runs), target)
+    runs = [*{run.state: run for run in map(_read, paths)}.values()]
+    return save_figure(_draw(runs, _names(runs)), paths[0], output)
 
 
 # Reading
 
 
-def _read(path: Path, folder: str) -> _Run:
-    log = read_history(path)
-    run = _Run(log, read_arguments(run_folders(path)), folder)
+def _read(path: Path) -> Run:
+    run = read_run(path)
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
-            f"{path}: log_history has {len(log)} entries and none with {', '.join(_PANELS)} or eval_loss; train "
-            "with logging_steps smaller than the number of optimizer steps (the Trainer's default is 500)"
+            f"{run.state}: log_history has {len(run.history)} entries and none with {', '.join(_PANELS)} or "
+            "eval_loss; train with logging_steps smaller than the number of optimizer steps (the Trainer's default is "
+            "500)"
         )
     return run
 
 
-def _name(runs: Sequence[_Run]) -> None:
+def _names(runs: Sequence[Run]) -> list[str]:
     """By optimizer and weight decay; by `optim_args` and folder, too, where runs do not differ in that."""
-    for run in runs:
-        decay = read_number(run.arguments, "weight_decay")
-        run.name = f"{run.optimizer} {decay:g}" if run.optimizer and decay is not None else run.folder
-    for further in ("optim_args", "folder"):
-        if len({run.name for run in runs}) < len(runs):
-            for run in runs:
-                more = run.folder if further == "folder" else run.arguments.get(further) or ""
-                run.name = ", ".join(dict.fromkeys(part for part in (run.name, more) if part))
+    folders = _short_names([(run.path if run.path.is_dir() else run.path.parent).resolve() for run in runs])
+    names = [
+        folder if not run.optim or run.weight_decay is None else f"{name_of(run.optim)} {run.weight_decay:g}"
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+    for further in ([run.arguments.get("optim_args") or "" for run in runs], folders):
+        if len(set(names)) < len(names):
+            # A name that is its folder's is not repeated.
+            names = [", ".join(filter(None, dict.fromkeys(parts))) for parts in zip(names, further, strict=True)]
+    return names
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
 
-    def name(folder: Path) -> str:
-        for count in range(1, len(folder.parts)):
-            end = folder.parts[-count:]
-            if sum(other.parts[-count:] == end for other in folders) == 1:
-                return os.path.join(*end)
-        return str(folder)
+    def name(own: Path) -> str:
+        ends = (own.parts[-count:] for count in range(1, len(own.parts)))
+        unique = (end for end in ends if sum(folder.parts[-len(end) :] == end for folder in folders) == 1)
+        return os.path.join(*next(unique, own.parts))
 
     return [name(folder) for folder in folders]
 
@@ -164,10 +128,9 @@ def styles_of(optimizers: Sequence[str]) -> list[dict[str, Any]]:
     for index, name in enumerate(optimizers):
         before = list(optimizers[:index]).count(name)
         place = 0 if name in _COLOUR_OF else others.index(name)
-        red, green, blue = to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)]))
         white = min(0.3 * before, 0.6)
-        colour = to_hex((red + white * (1 - red), green + white * (1 - green), blue + white * (1 - blue)))
-        styles.append({"color": colour, "linestyle": _LINES[(place + before) % len(_LINES)]})
+        red, green, blue = (c + white * (1 - c) for c in to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)])))
+        styles.append({"color": to_hex((red, green, blue)), "linestyle": _LINES[(place + before) % len(_LINES)]})
     return styles
 
 
@@ -179,23 +142,21 @@ def require_matplotlib() -> None:
         raise ImportError(f'plotting needs matplotlib: pip install "hf-swd[plot]" ({error})') from None
 
 
-def dress(axes: Axes) -> None:
-    """What all panels over optimizer steps look like."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+def dress(axes: Axes, label: str) -> None:
+    """What all pictures over steps or weight decay look like."""
+    axes.set_xlabel(label)
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure: Figure, target: Path) -> Path:
+def save_figure(figure: Figure, run: Path, output: str | os.PathLike[str] | None) -> Path:
     """
-    Writes the picture, whose format is the suffix of its name.
+    Writes the picture, whose format is the suffix of `output`, by default into the folder of a run.
 
     Raises:
         ValueError: no suffix, or an unknown image format.
     """
+    target = (run if run.is_dir() else run.parent) / "swd_plot.png" if output is None else Path(output)
     if not target.suffix:
         raise ValueError(
             f"output={str(target)!r}: expected a file name with the suffix of an image format, such as .png or .pdf"
@@ -205,56 +166,74 @@ def save_figure(figure: Figure, target: Path) -> Path:
     return target
 
 
-def _draw(runs: Sequence[_Run]) -> Figure:
+def _draw(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    labels = [_label(run) for run in runs]
+    labels = [*map(_label, runs, names)]
     columns = max(1, min(len(runs), _LEGEND_CHARACTERS // (max(map(len, labels)) + 9)))
     height = 3.3 + 0.19 * math.ceil(len(runs) / columns)
+    styles = styles_of([name_of(run.optim) or name for run, name in zip(runs, names, strict=True)])
+    # Lines become thinner, so that one which lies on another leaves it visible.
+    styles = [{**style, "linewidth": max(2.4 - 0.5 * index, 1.2)} for index, style in enumerate(styles)]
     with rc_context({"font.size": 9, "pdf.fonttype": 42, "svg.fonttype": "none", "axes.axisbelow": True}):
         figure = Figure(figsize=(10, height))
         figure.set_layout_engine("constrained", wspace=0.05)
         for axes, (key, (title, unit)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
-            _draw_panel(axes, runs, key)
+            _draw_panel(axes, [*zip(runs, names, styles, strict=True)], key)
             axes.set_title(title)
             axes.set_ylabel(unit)
-        handles = [Line2D([], [], **style) for style in _styles(runs)]
+        handles = [Line2D([], [], **style) for style in styles]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2, frameon=False)
     return figure
 
 
-def _draw_panel(axes: Axes, runs: Sequence[_Run], key: str) -> None:
+def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key: str) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     drawn: list[tuple[float, float]] = []
-    for index, (run, style) in enumerate(zip(runs, _styles(runs), strict=True)):
-        points = run.drawn(key)
+    has_evaluations = False
+    for index, (run, name, style) in enumerate(runs):
         marker = _MARKERS[index % len(_MARKERS)]
-        if points:
-            few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
-            axes.plot(*zip(*points, strict=True), **style, **few, label=run.name)
-        _mark_not_finite(axes, points, style)
-        evaluations = run.logged("eval_loss") if key == "loss" else []
-        if evaluations:
-            evaluation = {**style, "marker": marker, **_EVALUATION}
-            axes.plot(*zip(*evaluations, strict=True), **evaluation, label=f"{run.name} (evaluation)")
-            _mark_not_finite(axes, evaluations, style)
-        drawn += points + evaluations
+        points = run.logged(key)
+        if key == "swd/weight_decay" and not points and run.constant_decay is not None:
+            points = [(entry["step"], run.constant_decay) for entry in run.history]
+        few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
+        _draw_line(axes, points, style, label=name, **few)
+        drawn += points
+        if key == "loss" and (evaluations := run.logged("eval_loss")):
+            has_evaluations = True
+            _draw_line(axes, evaluations, style, label=f"{name} (evaluation)", marker=marker, **_EVALUATION)
+            drawn += evaluations
     values = _set_limits(axes, drawn) if key != "swd/weight_decay" else [value for _, value in drawn]
-    if key == "loss" and any(run.logged("eval_loss") for run in runs):
+    if has_evaluations:
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
         axes.legend(lines, ["training", "evaluation"], frameon=False)
     _set_scale(axes, values)
-    dress(axes)
+    dress(axes, "optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if not any(map(math.isfinite, values)):
         words = "NaN or infinite at all steps" if values else "not logged"
         axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.4")
         axes.set_yticks([])
         if not values:
             axes.set_xticks([])
+
+
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], style: dict[str, Any], **details: Any) -> None:
+    """A curve, and along the upper edge a line over each stretch of points that no curve can show, with a cross where
+    it begins."""
+    if points:
+        axes.plot(*zip(*points, strict=True), **style, **details)
+    cross: dict[str, Any] = {"marker": "x", "markevery": [0]}
+    edge = axes.get_xaxis_transform()
+    for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
+        if not is_finite:
+            steps = [step for step, _ in stretch]
+            axes.plot(steps, [1.0] * len(steps), **style, **cross, transform=edge, clip_on=False)
 
 
 def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float]:
@@ -269,22 +248,6 @@ def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float
     margin = 0.05 * (max(later) - min(later)) or 0.05 * abs(later[0])
     axes.set_ylim(min(later) - margin, max(later) + margin)
     return later
-
-
-def _mark_not_finite(axes: Axes, points: Sequence[tuple[float, float]], style: dict[str, Any]) -> None:
-    """A line along the upper edge over each stretch of points that no curve can show, with a cross where it begins."""
-    for is_finite, stretch in groupby(points, key=lambda point: math.isfinite(point[1])):
-        if not is_finite:
-            steps = [step for step, _ in stretch]
-            axes.plot(
-                steps,
-                [1.0] * len(steps),
-                **style,
-                marker="x",
-                markevery=[0],
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-            )
 
 
 def _set_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -305,13 +268,7 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("symlog", linthresh=min(positive))
 
 
-def _styles(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """Lines become thinner, so that one which lies on another leaves it visible."""
-    styles = styles_of([run.optimizer or run.name for run in runs])
-    return [{**style, "linewidth": max(2.4 - 0.5 * index, 1.2)} for index, style in enumerate(styles)]
-
-
-def _label(run: _Run) -> str:
+def _label(run: Run, name: str) -> str:
     notes = [
         f"no {what} logged"
         for key, what in (("loss", "training loss"), ("grad_norm", "gradient norm"))
@@ -323,9 +280,6 @@ def _label(run: _Run) -> str:
     if points:
         step, value = min(points, key=lambda point: point[0])
         notes.append(f"first {'NaN' if math.isnan(value) else 'infinity'} at step {step:g}")
-    label = f"{run.name} ({', '.join(notes)})" if notes else run.name
-    if len(label) > _LEGEND_CHARACTERS:
-        half = _LEGEND_CHARACTERS // 2
-        label = f"{label[:half]}…{label[-half:]}"
+    label = f"{name} ({', '.join(notes)})" if notes else name
     # A dollar would begin a formula, and matplotlib leaves out labels that begin with an underscore.
-    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
+    return re.sub("^_", "\u200b_", textwrap.fill(label, _LEGEND_CHARACTERS).replace("$", r"\$"))

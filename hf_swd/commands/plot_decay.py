@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .advise import advise
-from .plot import COLOURS, require_matplotlib, save_figure
+from .plot import COLOURS, dress, require_matplotlib, save_figure
 
 
 def plot_against_decay(
@@ -40,37 +39,28 @@ def plot_against_decay(
     axes = figure.subplots()
     for setting in settings:
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
-    decays, means = [setting.weight_decay for setting in settings], [setting.mean for setting in settings]
-    axes.plot(decays, means, "o-", color=COLOURS[0], label="mean over the seeds")
+    decays = [setting.weight_decay for setting in settings]
+    axes.plot(decays, [setting.mean for setting in settings], "o-", color=COLOURS[0], label="mean over the seeds")
     for setting in advice.settings:
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
     proposal = advice.proposal
-    best = advice.metric.best(settings)
-    if proposal.optimum is not None and proposal.gain is not None:
+    best = min(settings, key=lambda setting: setting.loss)
+    if proposal.parabola is not None:
         place = decays.index(best.weight_decay)
-        left, right = (math.log(decay) for decay in (decays[place - 1], decays[place + 1]))
-        vertex = math.log(proposal.optimum)
+        left, right = decays[place - 1], decays[place + 1]
+        shown = [left * (right / left) ** (i / 100) for i in range(101)]
         sign = -1 if advice.metric.greater_is_better else 1
-        lowest = best.mean - sign * proposal.gain
-        # Through the vertex and one of its points, whichever is further from it.
-        end = max((place, place + 1), key=lambda i: abs(math.log(decays[i]) - vertex))
-        curvature = (means[end] - lowest) / (math.log(decays[end]) - vertex) ** 2
-        points = [left + (right - left) * i / 100 for i in range(101)]
-        parabola = [lowest + curvature * (x - vertex) ** 2 for x in points]
-        axes.plot([*map(math.exp, points)], parabola, "--", color=COLOURS[1], label="parabola", zorder=1)
-    if proposal.weight_decay is not None:
-        axes.axvline(proposal.weight_decay, color=COLOURS[2], label=f"next: {proposal.weight_decay:g}")
-    else:
-        axes.axvline(best.weight_decay, color=COLOURS[2], label=f"stop here: {best.weight_decay:g}")
+        heights = [best.mean + sign * proposal.parabola.above_best(decay) for decay in shown]
+        axes.plot(shown, heights, "--", color=COLOURS[1], label="parabola", zorder=1)
+    verdict, decay = "next", proposal.weight_decay
+    if decay is None:
+        verdict, decay = "stop here", best.weight_decay
+    axes.axvline(decay, color=COLOURS[2], label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("weight decay")
+    dress(axes, "weight decay")
     axes.set_ylabel(f"{advice.metric.key}{', best' if advice.metric.at_best else ', at the end'}")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    first = Path(output_dirs[0])
-    folder = first if first.is_dir() else first.parent
-    return save_figure(figure, folder / "swd_plot.png" if output is None else Path(output))
+    return save_figure(figure, Path(output_dirs[0]), output)

@@ -6,126 +6,185 @@ import json
 import math
 import pickle
 import re
-import struct
+import statistics
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 STATE = "trainer_state.json"
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-# Parts of the names of the Trainer's optimizers that shrink the weights by learning rate times weight decay.
-_DECOUPLED = ("adamw", "adams", "lion", "ademamix", "adafactor")
+# Parts of the names of the Trainer's optimizers that shrink the weights by learning rate times `weight_decay`.
+_CONSTANT_DECAY = ("adamw", "lion", "ademamix", "adafactor")
 
 
 @dataclass(frozen=True)
-class TrainingLog:
+class Run:
     """
     What a run logged, and the arguments of the training.
 
     Args:
         path: as it was named.
-        entries: finite logs of training steps with a learning rate, their steps growing.
-        evaluations: the first log of each step with a number of the evaluation.
-        last_step: the last step that was logged.
-        broken_from: step of the first log of training that is NaN or infinite.
+        state: its `trainer_state.json`.
+        history: the entries of that which have a step.
         arguments: of the Trainer; empty if they are not known.
-        optim: name of the optimizer; empty if it is not known.
-        optim_args: the parts of `optim_args`.
-        weight_decay, max_grad_norm: `None` if they are not known.
         dtypes: number of floating-point scalars of each dtype in the saved weights (of adapters if there are any).
     """
 
     path: Path
-    entries: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    last_step: int
-    broken_from: int | None
+    state: Path
+    history: list[dict[str, Any]]
     arguments: dict[str, Any]
-    optim: str
-    optim_args: dict[str, str]
-    weight_decay: float | None
-    max_grad_norm: float | None
     dtypes: dict[str, int]
 
     @property
-    def steps(self) -> list[int]:
-        return self.column("step")
+    def optim(self) -> str:
+        """Name of the optimizer; empty if it is not known."""
+        is_scheduled = not self.arguments and self.logged("swd/weight_decay")
+        return "adams" if is_scheduled else str(self.arguments.get("optim", ""))
+
+    @property
+    def weight_decay(self) -> float | None:
+        return self.number("weight_decay")
+
+    @property
+    def constant_decay(self) -> float | None:
+        """`weight_decay` if that is what acts in every step: `None` for a schedule, or a term of the gradient."""
+        is_constant = self.weight_decay == 0 or any(part in self.optim for part in _CONSTANT_DECAY)
+        return self.weight_decay if is_constant else None
+
+    def number(self, key: str) -> float | None:
+        """A finite number among the arguments; `None` for anything else."""
+        value = self.arguments.get(key)
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    def logged(self, key: str) -> list[tuple[float, float]]:
+        """Steps and values of a log key, NaN and infinity included."""
+        return _series(self.history, key)
+
+    def evaluated(self, key: str) -> list[tuple[float, float]]:
+        """The same of the evaluations, without those that were made twice."""
+        return _series(self.evaluations, key)
+
+    @cached_property
+    def training(self) -> list[dict[str, Any]]:
+        """The logs of training steps with a learning rate, their steps growing."""
+        return _growing(entry for entry in self.history if isinstance(entry.get("learning_rate"), (int, float)))
+
+    @cached_property
+    def entries(self) -> list[dict[str, Any]]:
+        """Those of `training` without NaN and infinity."""
+        return [log for log in self.training if all(math.isfinite(v) for v in log.values() if isinstance(v, float))]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The first log of each step with a number of the evaluation."""
+        return _growing(entry for entry in self.history if any(key.startswith("eval_") for key in entry))
+
+    @property
+    def last_step(self) -> int:
+        return int(self.training[-1]["step"])
+
+    @property
+    def broken_from(self) -> int | None:
+        """Step of the first log of training that is NaN or infinite."""
+        return next((log["step"] for log in self.training if log not in self.entries), None)
 
     @property
     def epochs(self) -> float | None:
         """Passes over the training data."""
-        epochs: list[float] = self.column("epoch")
-        return epochs[-1] if epochs else None
+        return next(reversed(self.column("epoch")), None)
 
-    @property
-    def num_parameters(self) -> int:
-        """0 without saved weights."""
-        return sum(self.dtypes.values())
-
-    def column(self, key: str) -> list[Any]:
+    def column(self, key: str) -> list[float]:
         return [entry[key] for entry in self.entries if key in entry]
 
+    @property
+    def total_decay(self) -> float | None:
+        """Learning rate times effective weight decay, summed over the run; `None` if it is not known. The weights
+        would shrink by its negative exponential if nothing else moved them."""
+        decays = self.column("swd/weight_decay")
+        if not decays and self.constant_decay is not None:
+            decays = [self.constant_decay] * len(self.entries)
+        return self._integral(decays) if len(decays) == len(self.entries) else None
 
-def read_training_log(output_dir: Path) -> TrainingLog:
+    @property
+    def sum_of_rates(self) -> float:
+        return self._integral([1.0] * len(self.entries))
+
+    def _integral(self, decays: Sequence[float]) -> float:
+        """Over all steps, by the trapezoidal rule between logs, and before the first as there."""
+        products = [rate * decay for rate, decay in zip(self.column("learning_rate"), decays, strict=True)]
+        steps, heights = pairwise([0, *self.column("step")]), pairwise([products[0], *products])
+        return sum((stop - start) * (a + b) / 2 for (start, stop), (a, b) in zip(steps, heights, strict=True))
+
+    @property
+    def mean_decay(self) -> float | None:
+        """Weighted by the learning rate: the constant decay that would shrink the weights as much."""
+        total, rates = self.total_decay, self.sum_of_rates
+        return total / rates if total is not None and rates else None
+
+    @property
+    def eval_losses(self) -> list[tuple[float, float]]:
+        """Those that are finite, with their steps."""
+        return [(step, loss) for step, loss in self.evaluated("eval_loss") if math.isfinite(loss)]
+
+    @property
+    def last_loss(self) -> float | None:
+        """Mean training loss of the last logs, since that of one log is mostly noise."""
+        losses = self.column("loss")
+        return statistics.fmean(losses[-max(1, min(5, len(losses) // 10)) :]) if losses else None
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Then no sample was seen twice, and the model cannot have learnt them by heart."""
+        return self.epochs is not None and self.epochs <= 1
+
+    @property
+    def gap(self) -> float | None:
+        """Part of the evaluation loss at the end by which the training loss is below it."""
+        loss = self.last_loss
+        if not self.eval_losses or self.eval_losses[-1][1] <= 0 or loss is None or self.is_one_pass:
+            return None
+        return 1 - loss / self.eval_losses[-1][1]
+
+    @property
+    def rise(self) -> float | None:
+        """Part of the evaluation loss at the end by which its minimum is below it."""
+        losses = [loss for _, loss in self.eval_losses]
+        return 1 - min(losses) / losses[-1] if len(losses) > 1 and losses[-1] > 0 else None
+
+
+def read_run(output_dir: Path) -> Run:
     """
     Args:
         output_dir: the `output_dir` of a Trainer, a checkpoint, or a `trainer_state.json`.
 
     Raises:
         FileNotFoundError: no `trainer_state.json`.
-        ValueError: it is none, or has fewer than two logs with a learning rate.
+        ValueError: it is none.
     """
-    state = find_state(output_dir)
-    folders = run_folders(state)
-    history = read_history(state)
-    logs = _growing(entry for entry in history if _is_number(entry.get("learning_rate")))
-    entries = [entry for entry in logs if all(math.isfinite(v) for v in entry.values() if _is_number(v))]
-    if len(entries) < 2:
-        raise ValueError(
-            f"{state}: {len(entries)} of its logs are finite and have a learning_rate, and 2 are the least. Train "
-            "with logging_steps below the number of optimizer steps (the Trainer's default is 500)"
-        )
-    broken = [entry["step"] for entry in logs if entry not in entries]
-    arguments = read_arguments(folders)
-    parts = [part.partition("=") for part in str(arguments.get("optim_args") or "").replace(" ", "").split(",")]
-    scheduled = "swd/weight_decay" in entries[-1]
-    return TrainingLog(
-        path=output_dir,
-        entries=entries,
-        evaluations=_growing(entry for entry in history if any(key.startswith("eval_") for key in entry)),
-        last_step=logs[-1]["step"],
-        broken_from=next(iter(broken), None),
-        arguments=arguments,
-        optim="adams" if scheduled and not arguments else str(arguments.get("optim", "")),
-        optim_args={key: value for key, equals, value in parts if equals},
-        weight_decay=read_number(arguments, "weight_decay"),
-        max_grad_norm=read_number(arguments, "max_grad_norm"),
-        dtypes=read_dtypes(folders),
-    )
+    state = _find_state(output_dir)
+    # The other files may lie beside the state, or if that is a checkpoint's, in the folder of the run.
+    folders = [state.parent, state.parent.parent] if state.parent.name.startswith("checkpoint-") else [state.parent]
+    return Run(output_dir, state, _read_history(state), _read_arguments(folders), _read_dtypes(folders))
 
 
-def find_state(path: Path) -> Path:
-    """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+def _find_state(path: Path) -> Path:
+    """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself."""
     if path.is_file():
         return path.resolve()
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {STATE}"
         )
-    checkpoints = [
-        (int(match[1]), folder)
-        for folder in path.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))
-    ]
-    for folder in (path, *(folder for _, folder in sorted(checkpoints, reverse=True))):
+    checkpoints = [folder for folder in path.iterdir() if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    checkpoints.sort(key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+    for folder in (path, *checkpoints):
         if (folder / STATE).is_file():
             return (folder / STATE).resolve()
     raise FileNotFoundError(
@@ -134,18 +193,7 @@ def find_state(path: Path) -> Path:
     )
 
 
-def run_folders(state: Path) -> list[Path]:
-    """The folder of a `trainer_state.json`, and if that is a checkpoint, then the one that it is in."""
-    folder = state.parent
-    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-
-
-def read_history(state: Path) -> list[dict[str, Any]]:
-    """The entries of a `trainer_state.json` that have a step.
-
-    Raises:
-        ValueError: it is no trainer state.
-    """
+def _read_history(state: Path) -> list[dict[str, Any]]:
     try:
         history = json.loads(state.read_bytes())["log_history"]
         return [entry for entry in history if isinstance(entry["step"], (int, float))]
@@ -155,55 +203,43 @@ def read_history(state: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def read_arguments(folders: Iterable[Path]) -> dict[str, Any]:
+def _read_arguments(folders: Iterable[Path]) -> dict[str, Any]:
     """
     The arguments of a training, from the `training_args.bin` (or `training_args.json`) of the first folder that has
     one; empty if there is none that can be read. Objects in it have stand-ins, so that none of their code runs.
     """
     for folder in folders:
-        for read in (_read_pickled, _read_json):
-            try:
-                arguments = read(folder)
-            except Exception:  # absent, damaged, or of another format: then they are not known
-                continue
-            optim = arguments.get("optim", "")
-            # A member of an Enum is pickled by value or by name, and adams by a function without arguments.
-            parts = getattr(optim, "args", (optim,))
-            return {**arguments, "optim": str(parts[-1] if parts else "adams").lower().rpartition(".")[2]}
+        for name, read in (("training_args.bin", _unpickled), ("training_args.json", json.load)):
+            # Absent, damaged, or of another format: then they are not known.
+            with suppress(Exception), (folder / name).open("rb") as file:
+                arguments = read(file)
+                optim = arguments.get("optim", "")
+                # A member of an Enum is pickled by value or by name, and adams by a function without arguments.
+                parts = getattr(optim, "args", (optim,))
+                return {**arguments, "optim": str(parts[-1] if parts else "adams").lower().rpartition(".")[2]}
     return {}
 
 
-def has_decoupled_decay(optim: str) -> bool:
-    """Whether the weight decay of the Trainer's optimizer of this name is not a term of the gradient."""
-    return any(part in optim for part in _DECOUPLED)
-
-
-def read_dtypes(folders: Iterable[Path]) -> dict[str, int]:
+def _read_dtypes(folders: Iterable[Path]) -> dict[str, int]:
     """Number of scalars of each floating-point dtype ("F32", "BF16") in saved weights, adapters before models, by the
     headers of their files; empty without saved weights."""
+    from safetensors import safe_open
+
     for folder in folders:
-        for name in ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"):
-            try:
-                files = [name]
-                if name.endswith(".json"):
-                    files = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
-                counts: Counter[str] = Counter()
-                for file in files:
-                    for tensor in _read_header(folder / file):
-                        counts[tensor["dtype"]] += math.prod(tensor["shape"])
-                return {dtype: count for dtype, count in counts.items() if "F" in dtype}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
-                continue
+        for pattern in ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors"):
+            counts: Counter[str] = Counter()
+            with suppress(Exception):  # damaged: then they are not known
+                for file in folder.glob(pattern):
+                    with safe_open(file, framework="numpy") as weights:
+                        for tensor in map(weights.get_slice, weights.keys()):
+                            counts[tensor.get_dtype()] += math.prod(tensor.get_shape())
+                if counts:
+                    return {dtype: count for dtype, count in counts.items() if "F" in dtype}
     return {}
 
 
-def _read_header(file: Path) -> list[dict[str, Any]]:
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        if length > _LARGEST_HEADER:
-            raise ValueError(f"{file}: not a safetensors file")
-        header = json.loads(opened.read(length))
-    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+def _series(entries: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), (int, float))]
 
 
 def _growing(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,47 +253,24 @@ def _growing(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def read_number(arguments: dict[str, Any], key: str) -> float | None:
-    """A finite number among arguments; `None` for anything else."""
-    value = arguments.get(key)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 class _Unknown(dict[Any, Any]):
     """Stands for every object in a pickle: its contents are kept, and nothing is imported or called."""
 
     def __init__(self, *args: Any):
         self.args = args
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.update(state)
-
-    def append(self, item: Any) -> None: ...
-
     def extend(self, items: Any) -> None: ...
-
-    def add(self, item: Any) -> None: ...
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
-        return type(name, (_Unknown,), {})
+        return _Unknown
 
-    def persistent_load(self, pid: Any) -> None:
-        return None
-
-
-def _read_pickled(folder: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(folder / "training_args.bin") as archive:
-        member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(member) as file:
-            return dict(_Unpickler(file).load())
+    def persistent_load(self, pid: Any) -> None: ...
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "training_args.json").read_bytes()))
+def _unpickled(file: IO[bytes]) -> dict[str, Any]:
+    """The attributes of an object that `torch.save` wrote."""
+    with zipfile.ZipFile(file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return {**vars(_Unpickler(archive.open(name)).load())}

@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def figures(monkeypatch):
     """The figures that `plot_runs` draws, as it draws them."""
     drawn = []
     draw = plot._draw
-    monkeypatch.setattr(plot, "_draw", lambda runs: drawn.append(draw(runs)) or drawn[-1])
+    monkeypatch.setattr(plot, "_draw", lambda *runs: drawn.append(draw(*runs)) or drawn[-1])
     return drawn
 
 
@@ -271,7 +272,7 @@ class _Malicious:
     [
         pytest.param(lambda: arguments("x", weight_decay=0.3), id="adams-whose-decay-is-not-constant"),
         pytest.param(lambda: arguments("x", optim="sgd", optim_args=None, weight_decay=0.3), id="not-decoupled"),
-        pytest.param(lambda: {"optim": _Malicious(), "weight_decay": 0.3}, id="code"),
+        pytest.param(lambda: SimpleNamespace(optim=_Malicious(), weight_decay=0.3), id="code"),
         pytest.param(None, id="damaged"),
     ],
 )
@@ -279,7 +280,7 @@ def test_weight_decay_that_is_not_known_to_be_constant_is_not_drawn(tmp_path, fi
     write_state(tmp_path, log_of([1.0]))
     if content is None:
         (tmp_path / "training_args.bin").write_bytes(b"no archive")
-    elif content().__class__ is dict:
+    elif isinstance(content(), SimpleNamespace):
         with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(content(), protocol=2))
     else:

@@ -145,6 +145,7 @@ PACKAGES = {
     "trainer": {"accelerate", "transformers"},
     "trainer.watch": {"tqdm"},  # which transformers needs, too
     "registration": {"transformers"},
+    "commands.run_log": {"safetensors"},  # which transformers needs, too
     "commands.plot": {"matplotlib"},
     "commands.plot_decay": {"matplotlib"},
 }
