@@ -84,7 +84,7 @@ TASKS = {
         Measure("eval_loss", "validation loss", larger_is_better=False),
     ),
 }
-ALIASES = {"adamw": "adamw_torch_fused"}
+ALIASES = {"adamw": "adamw_torch_fused", "decay": "adamw_torch_fused"}
 RECORD = "run.json"
 
 
@@ -108,7 +108,7 @@ class Run:
 def command_of(run: Run, task: Task, script_arguments: list[str]) -> list[str]:
     name, _, optim_args = run.optimizer.partition(":")
     return [
-        task.script,
+        *(["comparisons/other_decays.py", str(EXAMPLES / task.script)] if name == "decay" else [task.script]),
         *SHARED,
         *([] if SOURCES.intersection(argument.partition("=")[0] for argument in script_arguments) else ["--embedded"]),
         *task.settings.split(),
