@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,7 @@ from torch.optim.optimizer import (
     _device_dtype_check_for_fused,
 )
 
-from .core.clipping import scale_
-from .core.fused_adam import fused_adamw_on_cpu, have_one_layout
-from .core.grad_norm import HALF, by_kind, local_parts
+from .core.grad_norm import HALF, by_kind, local_parts, scale_
 from .core.gradients import GroupGradients
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
@@ -206,7 +204,7 @@ class AdamS(torch.optim.AdamW):
             for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
         )
         alike = [tensors for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if tensors]
-        fused = fused and have_one_layout(alike)
+        fused = fused and _have_one_layout(alike)
         grad_scale = getattr(self, "grad_scale", None)
         if clip is not None:
             # The kernels divide by it, and take it as a float32.
@@ -227,7 +225,7 @@ class AdamS(torch.optim.AdamW):
             "found_inf": getattr(self, "found_inf", None),
             **{key: group[key] for key in ("lr", "eps", "amsgrad", "maximize")},
         }
-        kernel: Callable[..., None] = fused_adamw_on_cpu
+        kernel: Callable[..., None] = _fused_adamw_on_cpu
         if not (fused and len(kinds) == 1 and params[0].is_cpu):
             kernel = adamw
             options.update(fused=fused, has_complex=any(dtype.is_complex for cls, device, dtype in kinds))
@@ -268,3 +266,56 @@ _graph_capture_check = (
     getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
     or torch.optim.Optimizer._cuda_graph_capture_health_check
 )
+
+
+def _have_one_layout(lists: Sequence[list[Tensor]]) -> bool:
+    """Whether tensors at the same place of all lists correspond in memory: these kernels walk through it, and on CPU
+    they do not look at strides."""
+    return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists) or all(map(_same_layout, *lists))
+
+
+def _fused_adamw_on_cpu(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    found_inf: Tensor | None,
+    **options: Any,
+) -> None:
+    """
+    [`torch.optim.adamw.adamw`] with `fused=True` for parameters of one dtype, the same numbers.
+
+    Per tensor that function takes longer than the kernel does for a thousand elements: it groups the lists by device
+    and dtype, and adds the number 1 to each step count by itself, which must be made a tensor each time.
+
+    Args:
+        options: `lr`, `weight_decay`, `eps`, `amsgrad`, `maximize` and `grad_scale` of that function.
+    """
+    torch._foreach_add_(steps, [torch.tensor(1.0, device="cpu")] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
+    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        found_inf=found_inf,
+        **options,
+    )
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _same_layout(p: Tensor, *others: Tensor) -> bool:
+    """Whether the elements of all correspond in memory, in which there are no gaps."""
+    stride = p.stride()
+    if any(other.stride() != stride for other in others):
+        return False
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == stride

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .core.group_state import NUMBERS, OPTIONS, remove
-from .core.schedule import WeightDecaySchedule, schedule_of
+from .core.schedule import WeightDecaySchedule
 from .core.step_hooks import drive
 from .core.validation import check_options
-from .core.wrappers import unwrapped
+from .core.wrappers import schedule_of, unwrapped
 from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
@@ -36,14 +36,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             Lion ...; a wrapper that keeps it in `.optimizer` is looked through.
         beta2 (`float`, *optional*, in [0, 1)): decay rate of the mean second moment; by default `betas[1]` of each
             group.
-        reference_steps (`int`, defaults to 0): K > 0 gives `weight_decay` the meaning that it has in AdamW: it is
-            applied as it is up to step K, and scheduled relative to the gradients of step K from then on. 0 is the
-            paper's schedule.
-        unclipped_norm (`bool`, defaults to `False`): schedule by the norm that gradients had before clipping, as
-            [`AdamS`] explains.
-        max_grad_norm (`float`, defaults to 0.0): clip the whole gradient to this 2-norm before each step; 0 clips
-            nothing, `inf` only measures.
-        process_group (`ProcessGroup`, *optional*): ranks whose optimizers hold disjoint parts of one model.
+        reference_steps, unclipped_norm, max_grad_norm, process_group: as of [`AdamS`].
 
     Raises:
         TypeError, ValueError: an argument is out of range; the optimizer's decay is not decoupled (an L2 penalty), or

@@ -26,7 +26,7 @@ from transformers import Trainer
 
 
 class Decay:
-    """Sets the decay of each step of a torch.optim.AdamW before it, and where it is not of all elements does it after."""
+    """Sets the decay of each step of a torch.optim.AdamW; where it is not of all elements, decays after the step."""
 
     def __init__(
         self, optimizer: torch.optim.AdamW, *, power: float, reference_steps: int, elements: str, seed: int

@@ -1,4 +1,4 @@
-"""Squared norms of gradients, right for any number, size and sharding of tensors, without parameter-sized temporaries.
+"""Norms of gradients and clipping to them: right for any number, size and sharding of tensors, with no large temporaries.
 
 Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation loses precision with the size of the
 tensor (2.6e-3 of the squared norm for 23 million elements), and a sharded run would then differ from an unsharded one.
@@ -6,6 +6,7 @@ tensor (2.6e-3 of the squared norm for 23 million elements), and a sharded run w
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter
@@ -190,3 +191,18 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory exactly, each once."""
     return tensor.is_contiguous() or _in_memory_order(tensor).is_contiguous()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of total norm `norm` (0-d) are multiplied by, as `torch.nn.utils.clip_grad_norm_` does it: 0-d,
+    or `None` where the host knows that there is nothing to clip. (It does not wait for an accelerator to ask.)"""
+    if max_norm == math.inf or (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
+        return None
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors (of a DTensor the part that this rank holds) in place by a number (0-d)."""
+    parts = local_parts(tensors)
+    for (device, dtype), indices in by_kind(parts).items():
+        torch._foreach_mul_([parts[i] for i in indices], factor.to(device, dtype, non_blocking=True))  # pyright: ignore[reportPrivateImportUsage]

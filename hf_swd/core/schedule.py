@@ -9,25 +9,17 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import group_state
-from .clipping import clip_factor, scale_
 from .decay import DecayWriter
+from .grad_norm import clip_factor, scale_
 from .gradients import GradientSource, GroupGradients, with_gradients
-from .group_values import GroupValues
 from .parameter_gradients import ParameterGradients
 from .recurrence import Numbers, StepTotals, advance
-from .validation import check_options, check_process_group
-from .wrappers import unwrapped
+from .validation import check_options
 
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
-
-
-def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
-    """The schedule that drives `optimizer`, or one that it wraps; `None` if there is none."""
-    schedules = (getattr(each, "__dict__", {}).get("_decay_schedule") for each in unwrapped(optimizer))
-    return next(filter(None, schedules), None)
 
 
 class ScheduledStep(NamedTuple):
@@ -40,13 +32,6 @@ class ScheduledStep(NamedTuple):
     """What the gradients must be multiplied by first, 0-d."""
 
 
-class _MeasuredStep(NamedTuple):
-    """The gradients of the coming step, and what they must be multiplied by first."""
-
-    totals: StepTotals
-    clip: Tensor | None
-
-
 class _StepUnderWay(NamedTuple):
     """What the groups will hold once this step is made, and what its gradients are multiplied by."""
 
@@ -54,7 +39,7 @@ class _StepUnderWay(NamedTuple):
     clip: Tensor | None
 
 
-class WeightDecaySchedule(GroupValues):
+class WeightDecaySchedule(group_state.GroupValues):
     """
     Drives the weight decay of one optimizer: `decay = lambda * factor`, with [`decay_factor`].
 
@@ -63,7 +48,8 @@ class WeightDecaySchedule(GroupValues):
 
     Args:
         optimizer (`torch.optim.Optimizer`): its parameter groups receive the effective decay; held weakly.
-        beta2, reference_steps, unclipped_norm, max_grad_norm, process_group: see [`ScheduledWeightDecay`].
+        beta2: see [`ScheduledWeightDecay`].
+        reference_steps, unclipped_norm, max_grad_norm, process_group: see [`AdamS`].
 
     A checkpoint that is loaded brings its own `reference_steps`, `unclipped_norm` and `max_grad_norm`.
 
@@ -85,15 +71,14 @@ class WeightDecaySchedule(GroupValues):
             "unclipped_norm": unclipped_norm,
             "max_grad_norm": max_grad_norm,
         }
-        check_options(options)
-        check_process_group(process_group)
+        check_options({**options, "process_group": process_group})
         super().__init__(optimizer)
         self.decays = DecayWriter()
         self._clip_counts: tuple[Tensor | int, int] = (0, 0)
         self._grad_norm = torch.zeros((), device="cpu")
         self._num_elements: Tensor | int = 0
-        self._measured: _MeasuredStep | None = None
-        """By [`clip_in_step`], for the step that comes next."""
+        self._measured: tuple[StepTotals, Tensor | None] | None = None
+        """By [`clip_in_step`]: the gradients of the coming step, and what they must be multiplied by first."""
         self._under_way: _StepUnderWay | None = None
         self.source: GradientSource = ParameterGradients(optimizer, beta2=beta2, process_group=process_group)
         # As torch's own options: groups that are added take them from here.
@@ -191,7 +176,7 @@ class WeightDecaySchedule(GroupValues):
         if self.source.begins_step():
             measured, self._measured = self._measured, None
             measured = measured or self._measure(groups, self.max_grad_norm)
-            self._under_way = None if measured is None else self._advance(measured)
+            self._under_way = None if measured is None else self._advance(*measured)
         if self._under_way is None:
             return ScheduledStep(groups, [group["weight_decay"] for group in self.groups], None)
         return ScheduledStep(groups, self._write_decay(self._under_way.numbers), self._under_way.clip)
@@ -203,7 +188,7 @@ class WeightDecaySchedule(GroupValues):
             group_state.write_numbers(self.groups, self._under_way.numbers)
             self.source.end_step(self._under_way.clip)
 
-    def _measure(self, groups: list[GroupGradients], max_norm: float) -> _MeasuredStep | None:
+    def _measure(self, groups: list[GroupGradients], max_norm: float) -> tuple[StepTotals, Tensor | None] | None:
         """The coming step, clipped to `max_norm` if that is not 0; `None` if there is no gradient anywhere."""
         if max_norm and not self.unclipped_norm and any(group.get("amsgrad") for group in self.groups):
             self.clip_grad_norm_(max_norm)  # AMSGrad's maximum is looked up in the gradients as they will be
@@ -218,10 +203,9 @@ class WeightDecaySchedule(GroupValues):
                 "or a Trainer in which no callback, hook or subclass looks at gradients before the step; where "
                 "nothing is clipped, leave unclipped_norm out"
             )
-        return _MeasuredStep(totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None)
+        return totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None
 
-    def _advance(self, measured: _MeasuredStep) -> _StepUnderWay:
-        totals, clip = measured
+    def _advance(self, totals: StepTotals, clip: Tensor | None) -> _StepUnderWay:
         self._num_elements = totals.num_elements
         numbers = advance(
             self.numbers(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .clipping import scale_
+from .grad_norm import scale_
 from .schedule import WeightDecaySchedule
 
 

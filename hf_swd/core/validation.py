@@ -68,6 +68,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "differentiable=True: the schedule lets no gradients flow through step(); use torch.optim.AdamW for that"
         )
+    # torch may be built without the class of process groups.
+    process_group = options.get("process_group")
+    if process_group is not None and not hasattr(process_group, "allreduce"):
+        raise TypeError(
+            f"process_group={process_group!r}: expected a torch.distributed.ProcessGroup (torch.distributed.new_group "
+            "makes one) or None"
+        )
 
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": None}
@@ -106,12 +113,3 @@ def _check(name: str, value: Any, option: Option) -> None:
         )
     if not option.holds(value):
         raise ValueError(f"{name}={value.item() if isinstance(value, Tensor) else value}: expected {option.expected}")
-
-
-def check_process_group(process_group: Any) -> None:
-    # Every process group is an instance of this class, but torch may be built without it.
-    if process_group is not None and not hasattr(process_group, "allreduce"):
-        raise TypeError(
-            f"process_group={process_group!r}: expected a torch.distributed.ProcessGroup (torch.distributed.new_group "
-            "makes one) or None"
-        )

@@ -1,9 +1,14 @@
-"""Wrappers of optimizers: accelerate's and DeepSpeed's keep the optimizer that they wrap in `.optimizer`."""
+"""From what a user holds to the optimizer inside, and to its schedule: accelerate's and DeepSpeed's wrappers keep the
+optimizer that they wrap in `.optimizer`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .schedule import WeightDecaySchedule
 
 
 def unwrapped(optimizer: Any) -> Iterator[Any]:
@@ -14,3 +19,9 @@ def unwrapped(optimizer: Any) -> Iterator[Any]:
         seen.add(id(optimizer))
         yield optimizer
         optimizer = getattr(optimizer, "__dict__", {}).get("optimizer")
+
+
+def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:
+    """The schedule that drives `optimizer`, or one that it wraps; `None` if there is none."""
+    schedules = (getattr(each, "__dict__", {}).get("_decay_schedule") for each in unwrapped(optimizer))
+    return next(filter(None, schedules), None)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.parameter_gradients import ParameterGradients
-from ..core.schedule import WeightDecaySchedule, schedule_of
+from ..core.schedule import WeightDecaySchedule
+from ..core.wrappers import schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
 from .refusals import (
     refuse_divided_model,

@@ -20,9 +20,9 @@ from ..core.grad_norm import sums
 from ..core.gradients import GradientSource, GroupGradients
 from ..core.group_state import OPTIONS
 from ..core.recurrence import Numbers, Reading, StepTotals, recurrence_weights
-from ..core.schedule import WeightDecaySchedule, schedule_of
+from ..core.schedule import WeightDecaySchedule
 from ..core.step_hooks import drive
-from ..core.wrappers import unwrapped
+from ..core.wrappers import schedule_of, unwrapped
 from .refusals import refuse_zero
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from ..core.schedule import schedule_of
+from ..core.wrappers import schedule_of
 from ..engines.attach import attach, is_scheduled
 from ..engines.zero import clipping_norm
 from . import watch

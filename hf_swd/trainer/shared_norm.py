@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from transformers.trainer_callback import TrainerCallback
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
-from ..core.schedule import schedule_of
+from ..core.wrappers import schedule_of
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..core.schedule import schedule_of
-from ..core.wrappers import unwrapped
+from ..core.wrappers import schedule_of, unwrapped
 from .rounding import rounding_warning
 
 

@@ -18,7 +18,7 @@ from task import ADAMW_DECAY, LR, MAX_NORM, STEPS, WEIGHT_DECAY, batches, build_
 from torch import Tensor, nn
 
 import hf_swd
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 
 
 Weights = dict[str, Tensor]

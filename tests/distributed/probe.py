@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 
 
 class Probe:

@@ -21,7 +21,7 @@ from task import LR, MAX_NORM, WEIGHT_DECAY, batches, build_model
 from torch import nn
 
 import hf_swd
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 from hf_swd.trainer import watch
 
 

@@ -18,7 +18,7 @@ from reference_adams import ReferenceAdamS
 from torch.nn import Parameter
 
 from hf_swd import AdamS, ScheduledWeightDecay
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 
 
 class Lion(torch.optim.Optimizer):

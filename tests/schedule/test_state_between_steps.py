@@ -16,7 +16,7 @@ from lockstep import LockStep, parameters, same_bits, through_file
 from torch.nn import Parameter
 
 from hf_swd import ScheduledWeightDecay
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 
 
 KERNELS = {"forloop": {"foreach": False, "fused": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}

@@ -7,8 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from hf_swd import AdamS, ScheduledWeightDecay, attach
-from hf_swd.core.schedule import schedule_of
-from hf_swd.core.wrappers import unwrapped
+from hf_swd.core.wrappers import schedule_of, unwrapped
 
 
 class Wrapper:

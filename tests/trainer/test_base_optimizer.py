@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_swd import ScheduledWeightDecay, SWDTrainer
-from hf_swd.core.schedule import schedule_of
+from hf_swd.core.wrappers import schedule_of
 
 
 STEPS, K, WEIGHT_DECAY = 6, 3, 0.5
