@@ -1,4 +1,4 @@
-"""Norms of gradients and clipping to them: right for any number, size and sharding of tensors, with no large temporaries.
+"""Norms of gradients, and clipping to them: right for tensors of any size and sharding, without large temporaries.
 
 Why not `torch.nn.utils.get_total_norm`: on CPU one long float32 accumulation loses precision with the size of the
 tensor (2.6e-3 of the squared norm for 23 million elements), and a sharded run would then differ from an unsharded one.
