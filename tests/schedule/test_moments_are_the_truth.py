@@ -264,9 +264,9 @@ def test_in_place_edit_counts_after_refresh(path, dtype):
 @every_kind
 def test_in_place_edit_counts_within_a_hundred_steps(kind):
     run = Scheduled(kind)
-    run.steps(0, 10)
+    run.step(0)
     run.state[run.params[0]]["exp_avg_sq"].mul_(100.0)
-    run.steps(10, 111)
+    run.steps(1, 101)
     run.check()
 
 
@@ -482,6 +482,18 @@ def test_parameters_are_freed_with_model_and_optimizer(kind):
     assert not any(reference() is not None for reference in references)
 
 
+@adams_and_adamw
+def test_parameters_that_others_replace_are_freed(kind):
+    run = Scheduled(kind)
+    run.steps(0, 2)
+    run.schedule.clip_grad_norm_(0.1)
+    references = [weakref.ref(p) for p in run.params]
+    run.state.clear()
+    run.optimizer.param_groups[0]["params"] = run.params = [Parameter(torch.ones(3))]
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
 @contextlib.contextmanager
 def swap_on_conversion():
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -536,6 +548,9 @@ def test_steps_in_inference_mode(kind, begin):
 def test_steps_outside_and_inside_inference_mode_by_turns(kind):
     run, twin = Scheduled(kind), Scheduled(kind)
     for seed in range(6):
+        if seed == 3:  # numbers that are loaded become tensors in the step
+            for each in (run, twin):
+                each.optimizer.load_state_dict(each.optimizer.state_dict())
         with torch.inference_mode(seed % 2 == 1):
             run.give(seed)
             run.optimizer.step()
@@ -553,12 +568,13 @@ def test_steps_under_another_default_device(kind, path, options):
     run.step(0)
     twin.step(0)
     for seed in range(1, 5):
-        run.give(seed)
+        missing = {1} if seed == 3 else ()
+        run.give(seed, missing=missing)
         with torch.device("meta"):
             norm = run.schedule.clip_grad_norm_(0.4)
             run.optimizer.step()
             run.optimizer.load_state_dict(run.optimizer.state_dict())
-        twin.give(seed)
+        twin.give(seed, missing=missing)
         assert norm == twin.schedule.clip_grad_norm_(0.4)
         twin.optimizer.step()
         assert run.shown == twin.shown
