@@ -19,6 +19,7 @@ import weakref
 import pytest
 import torch
 from lockstep import OutOfMemory, through_file
+from reads import Reads
 from reference_adams import rms_of_moments
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -268,6 +269,51 @@ def test_in_place_edit_counts_within_a_hundred_steps(kind):
     run.state[run.params[0]]["exp_avg_sq"].mul_(100.0)
     run.steps(1, 101)
     run.check()
+
+
+def moments_are_read(run, seed):
+    """Whether a step reads the moments, other than in Adam's kernel."""
+    with Reads(run.state[run.params[0]]["exp_avg_sq"]) as reads:
+        run.step(seed)
+    assert reads.times.pop("_fused_adamw_", 0) == 1
+    return reads.times.total() > 0
+
+
+@adams_and_adamw
+def test_moments_are_read_in_every_hundredth_step_that_is_tried(kind):
+    """Whether it is skipped (overflow), of the schedule or not (zeros at first), in this process or before."""
+    run = Scheduled(kind, path={"fused": True})
+    run.steps(0, 3, scale=0.0)
+    read = [seed for seed in range(3, 50) if moments_are_read(run, seed)]
+    run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    run.steps(50, 60)
+    del run.optimizer.grad_scale, run.optimizer.found_inf
+    resumed = Scheduled(kind, copy.deepcopy(run.params), path={"fused": True})
+    resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    read += [seed for seed in range(60, 205) if moments_are_read(resumed, seed)]
+    assert read == [60, 100, 200]
+    assert resumed.schedule.step_count == 205 - 3 - 10
+
+
+@adams_and_adamw
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_reading_replaces_what_differs_by_more_than_rounding(kind, dtype, tolerance):
+    for difference in (tolerance / 10, 10 * tolerance):
+        run, twin = Scheduled(kind, dtype=dtype), Scheduled(kind, dtype=dtype)
+        run.steps(0, 4)
+        twin.steps(0, 4)
+        for state in run.state.values():
+            state["exp_avg_sq"].mul_(1 + difference)
+        run.schedule.refresh()
+        run.step(4)
+        twin.step(4)
+        if difference < tolerance:
+            assert run.shown == twin.shown
+        else:
+            run.check(tolerance / 10)
+            assert run.schedule.grad_rms > twin.schedule.grad_rms * (1 + tolerance)
 
 
 def test_in_place_edit_counts_when_the_set_changes():
