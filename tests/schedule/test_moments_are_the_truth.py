@@ -653,8 +653,20 @@ def test_flat_checkpoint_of_adamw(strict):
     flat = get_optimizer_state_dict(model, adamw.optimizer, options=options)
 
     run = Scheduled("adams", model.parameters(), weight_decay=0.05, reference_steps=7)
+    shown, weights = run.optimizer.state_dict()["param_groups"], [p.detach().clone() for p in run.params]
     with pytest.raises(KeyError, match="param_groups"):
         set_optimizer_state_dict(model, run.optimizer, flat, options=options)
+    assert run.optimizer.state_dict()["param_groups"] == shown and not any(run.state.values())
+    assert all(map(torch.equal, run.params, weights))
+
+    # The form that the documents name instead.
+    options = StateDictOptions(strict=strict)
+    whole = get_optimizer_state_dict(model, adamw.optimizer, options=options)
+    set_optimizer_state_dict(model, run.optimizer, whole, options=options)
+    assert run.optimizer.param_groups[0]["initial_weight_decay"] == 0.05 and run.schedule.reference_steps == 7
+    run.step(4)
+    run.check()
+    assert run.schedule.step_count == 5
 
 
 def test_optimizer_that_is_its_own_optimizer_does_not_hang():
