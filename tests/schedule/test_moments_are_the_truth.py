@@ -239,6 +239,20 @@ def test_next_step_has_the_rms_of_the_state_that_is_there(kind, edit):
         run.check()
 
 
+@adams_and_adamw
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_step_that_is_skipped_leaves_what_it_has_read(kind, edit):
+    """The one after it need not read."""
+    run = Scheduled(kind, path={"fused": True})
+    run.steps(0, 4)
+    edit(run)
+    run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    run.steps(4, 6, scale=math.inf)
+    del run.optimizer.grad_scale, run.optimizer.found_inf
+    run.steps(6, 8)
+    run.check()
+
+
 @every_kind
 def test_step_counts_changed_in_place_count_after_refresh(kind):
     run = Scheduled(kind)
