@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
 
 
@@ -69,10 +69,28 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.optim == _NAME:
         _refuse_failures()
         parse_optim_args(args.optim_args)
+    _refuse_configured_optimizer(args, is_ours=args.optim == _NAME)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """
+    [`check_arguments`] for `Trainer(optimizer_cls_and_kwargs=(AdamS, {...}))`, of which its arguments do not tell.
+
+    Raises:
+        ValueError: DeepSpeed's configuration brings an optimizer of its own.
+    """
+    from .adams import AdamS
+
+    cls, _ = getattr(trainer, "optimizer_cls_and_kwargs", None) or (None, {})
+    _refuse_configured_optimizer(trainer.args, is_ours=isinstance(cls, type) and issubclass(cls, AdamS))
+
+
+def _refuse_configured_optimizer(args: TrainingArguments, *, is_ours: bool) -> None:
+    """DeepSpeed would train with the optimizer of its configuration, whichever the Trainer has."""
     plugin = getattr(args, "deepspeed_plugin", None)  # there at the end of __post_init__
     configured = None if plugin is None else plugin.hf_ds_config.config.get("optimizer")
     name = None if configured is None else configured.get("type")
-    if configured is not None and _NAME in (args.optim, str(name).lower()):
+    if configured is not None and (is_ours or str(name).lower() == _NAME):
         raise ValueError(
             f'the DeepSpeed configuration has an "optimizer" section ("type": "{name}"), which DeepSpeed would train '
             f'with, and it has no AdamS: delete "optimizer" from the configuration, and set optim="{_NAME}". '
@@ -168,6 +186,7 @@ def _sharing_the_norm(inner_training_loop: Callable[..., Any]) -> Callable[..., 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         from .trainer.shared_norm import shared_norm
 
+        check_trainer(self)
         with shared_norm(self):
             return inner_training_loop(self, *args, **kwargs)
 

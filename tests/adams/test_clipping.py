@@ -166,6 +166,19 @@ class TestWhatCountsAreTheGradientsAtTheStep:
         assert pair.optimizer.clip_grad_norm_(1e9).item() == pytest.approx(0.2, rel=1e-4)
         assert total_norm([p.grad for p in pair.params]) == pytest.approx(0.2, rel=1e-4)
 
+    @pytest.mark.parametrize("step_comes", [True, False])
+    def test_what_a_trainer_leaves_to_the_step_is_of_that_step_alone(self, step_comes):
+        pair = LockStep(rtol=1e-6)
+        gradients = pair.gradients()
+        pair.set_gradients(gradients)
+        norm = pair.optimizer.schedule.clip_in_step(self.MAX_NORM).item()
+        if step_comes:
+            pair.optimizer.step()
+            pair.step_reference([[g * (self.MAX_NORM / (norm + 1e-6)) for g in group] for group in gradients])
+        else:
+            pair.optimizer.schedule.forget_clipping()
+        pair.run(2)
+
     def test_nothing_is_deferred(self):
         optimizer = AdamS(parameters())
         with pytest.raises(TypeError, match="defer"):

@@ -147,7 +147,8 @@ def from_meta() -> list[dict[str, float]]:
 
 
 def offloaded() -> list[dict[str, float]]:
-    """Moments that are somewhere else between the steps, and come back as other DTensors; and one that is cleared."""
+    """Moments that are somewhere else between the steps, and come back as other DTensors, once as another run's; then
+    they are cleared."""
     model = build_fsdp2()
     optimizer = build_optimizer(model)
     found = _Found()
@@ -156,6 +157,8 @@ def offloaded() -> list[dict[str, float]]:
         found.note(optimizer)
         for state in optimizer.state.values():
             state.update({key: value.clone() for key, value in state.items()})
+            if step == 1:
+                state["exp_avg_sq"] = state["exp_avg_sq"] * 4.0
         if step == STEPS // 2:
             optimizer.state.clear()
     return found.steps

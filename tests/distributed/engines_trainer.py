@@ -70,6 +70,7 @@ def _trainer(
     sizes: dict[str, Any] | None = None,
     parallelism: dict[str, int] | None = None,
     environment: dict[str, str] | None = None,
+    trainer_kwargs: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
     """The engine "divided" is a model that `from_pretrained` divides by `sizes`; accelerate may be told so, too, and
@@ -110,7 +111,7 @@ def _trainer(
     rows = range(GLOBAL_BATCH)
     dataset = [{key: value[i] for key, value in batch.items()} for batch in batches(kind=kind) for i in rows]
     cls = {"Trainer": transformers.Trainer, "SWDTrainer": hf_swd.SWDTrainer}[trainer]
-    return cls(model, arguments, train_dataset=dataset)
+    return cls(model, arguments, train_dataset=dataset, **(trainer_kwargs or {}))
 
 
 def save(engine: str, *, folder: str, at: int, **options: Any) -> None:

@@ -203,8 +203,11 @@ def _deepspeed(**changes: Any) -> dict[str, Any]:
     return {**zero_config(2), **dict.fromkeys(automatic, "auto"), **changes}
 
 
-def configured_optimizer(*, name: str, by: str, optim: str = "adams", trainer: str = "Trainer") -> str:
-    """An "optimizer" section in the configuration, which the arguments or accelerate's environment bring."""
+def configured_optimizer(
+    *, name: str, by: str, optim: str = "adams", trainer: str = "Trainer", give_class: bool = False
+) -> str:
+    """An "optimizer" section in the configuration, which the arguments or accelerate's environment bring. With
+    `give_class` it is the Trainer itself that is told of AdamS."""
     ds_config = _deepspeed(optimizer={"type": name, "params": {"lr": "auto", "weight_decay": "auto"}})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ds_config.json"
@@ -215,6 +218,8 @@ def configured_optimizer(*, name: str, by: str, optim: str = "adams", trainer: s
         else:
             environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
             options["environment"] = environment
+        if give_class:
+            options["trainer_kwargs"] = {"optimizer_cls_and_kwargs": (hf_swd.AdamS, {"lr": LR})}
         return message_of(lambda: _trainer("zero2" if by == "arguments" else "ddp", folder, **options).train())
 
 

@@ -85,3 +85,15 @@ def test_collectives_per_step(build: Callable[[], nn.Module], expected: int, sch
             optimizer.step()
         assert seen.get_total_counts() == expected, f"step {step}: {dict(seen.get_comm_counts())}"
     assert schedule.grad_rms > 0
+
+
+@pytest.mark.parametrize("build", [fsdp2, tensor_parallel, fsdp2_with_tensor_parallel])
+def test_steps_under_another_default_device(build: Callable[[], nn.Module]) -> None:
+    params = list(build().parameters())
+    optimizer = hf_swd.AdamS(params, lr=1e-3, max_grad_norm=1e-2)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = None if i == step else torch.full_like(p, 0.1)
+        with torch.device("meta"):
+            optimizer.step()
+    assert optimizer.grad_rms > 0

@@ -89,6 +89,11 @@ def test_optimizer_that_was_built_before_the_model_was_sharded(results: Results)
         variant("configured-adams-alone", "configured_optimizer", name="AdamS", by="arguments", optim="adamw_torch"),
         variant("configured-SWDTrainer", "configured_optimizer", name="AdamW", by="accelerate", trainer="SWDTrainer"),
         variant("configured-accelerate", "configured_optimizer", name="AdamW", by="accelerate"),
+        *(
+            variant(f"configured-class-{by}", "configured_optimizer", name="AdamW", by=by, **given)
+            for by in ("arguments", "accelerate")
+            for given in [{"optim": "adamw_torch", "give_class": True}]
+        ),
     ],
 )
 def test_optimizer_in_the_configuration_of_deepspeed(results: Results) -> None:

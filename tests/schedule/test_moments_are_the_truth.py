@@ -19,6 +19,7 @@ import weakref
 import pytest
 import torch
 from lockstep import OutOfMemory, through_file
+from reads import Reads
 from reference_adams import rms_of_moments
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -238,6 +239,20 @@ def test_next_step_has_the_rms_of_the_state_that_is_there(kind, edit):
         run.check()
 
 
+@adams_and_adamw
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_step_that_is_skipped_leaves_what_it_has_read(kind, edit):
+    """The one after it need not read."""
+    run = Scheduled(kind, path={"fused": True})
+    run.steps(0, 4)
+    edit(run)
+    run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    run.steps(4, 6, scale=math.inf)
+    del run.optimizer.grad_scale, run.optimizer.found_inf
+    run.steps(6, 8)
+    run.check()
+
+
 @every_kind
 def test_step_counts_changed_in_place_count_after_refresh(kind):
     run = Scheduled(kind)
@@ -264,10 +279,55 @@ def test_in_place_edit_counts_after_refresh(path, dtype):
 @every_kind
 def test_in_place_edit_counts_within_a_hundred_steps(kind):
     run = Scheduled(kind)
-    run.steps(0, 10)
+    run.step(0)
     run.state[run.params[0]]["exp_avg_sq"].mul_(100.0)
-    run.steps(10, 111)
+    run.steps(1, 101)
     run.check()
+
+
+def moments_are_read(run, seed):
+    """Whether a step reads the moments, other than in Adam's kernel."""
+    with Reads(run.state[run.params[0]]["exp_avg_sq"]) as reads:
+        run.step(seed)
+    assert reads.times.pop("_fused_adamw_", 0) == 1
+    return reads.times.total() > 0
+
+
+@adams_and_adamw
+def test_moments_are_read_in_every_hundredth_step_that_is_tried(kind):
+    """Whether it is skipped (overflow), of the schedule or not (zeros at first), in this process or before."""
+    run = Scheduled(kind, path={"fused": True})
+    run.steps(0, 3, scale=0.0)
+    read = [seed for seed in range(3, 50) if moments_are_read(run, seed)]
+    run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    run.steps(50, 60)
+    del run.optimizer.grad_scale, run.optimizer.found_inf
+    resumed = Scheduled(kind, copy.deepcopy(run.params), path={"fused": True})
+    resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    read += [seed for seed in range(60, 205) if moments_are_read(resumed, seed)]
+    assert read == [60, 100, 200]
+    assert resumed.schedule.step_count == 205 - 3 - 10
+
+
+@adams_and_adamw
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_reading_replaces_what_differs_by_more_than_rounding(kind, dtype, tolerance):
+    for difference in (tolerance / 10, 10 * tolerance):
+        run, twin = Scheduled(kind, dtype=dtype), Scheduled(kind, dtype=dtype)
+        run.steps(0, 4)
+        twin.steps(0, 4)
+        for state in run.state.values():
+            state["exp_avg_sq"].mul_(1 + difference)
+        run.schedule.refresh()
+        run.step(4)
+        twin.step(4)
+        if difference < tolerance:
+            assert run.shown == twin.shown
+        else:
+            run.check(tolerance / 10)
+            assert run.schedule.grad_rms > twin.schedule.grad_rms * (1 + tolerance)
 
 
 def test_in_place_edit_counts_when_the_set_changes():
@@ -482,6 +542,18 @@ def test_parameters_are_freed_with_model_and_optimizer(kind):
     assert not any(reference() is not None for reference in references)
 
 
+@adams_and_adamw
+def test_parameters_that_others_replace_are_freed(kind):
+    run = Scheduled(kind)
+    run.steps(0, 2)
+    run.schedule.clip_grad_norm_(0.1)
+    references = [weakref.ref(p) for p in run.params]
+    run.state.clear()
+    run.optimizer.param_groups[0]["params"] = run.params = [Parameter(torch.ones(3))]
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
 @contextlib.contextmanager
 def swap_on_conversion():
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -536,6 +608,9 @@ def test_steps_in_inference_mode(kind, begin):
 def test_steps_outside_and_inside_inference_mode_by_turns(kind):
     run, twin = Scheduled(kind), Scheduled(kind)
     for seed in range(6):
+        if seed == 3:  # numbers that are loaded become tensors in the step
+            for each in (run, twin):
+                each.optimizer.load_state_dict(each.optimizer.state_dict())
         with torch.inference_mode(seed % 2 == 1):
             run.give(seed)
             run.optimizer.step()
@@ -553,12 +628,13 @@ def test_steps_under_another_default_device(kind, path, options):
     run.step(0)
     twin.step(0)
     for seed in range(1, 5):
-        run.give(seed)
+        missing = {1} if seed == 3 else ()
+        run.give(seed, missing=missing)
         with torch.device("meta"):
             norm = run.schedule.clip_grad_norm_(0.4)
             run.optimizer.step()
             run.optimizer.load_state_dict(run.optimizer.state_dict())
-        twin.give(seed)
+        twin.give(seed, missing=missing)
         assert norm == twin.schedule.clip_grad_norm_(0.4)
         twin.optimizer.step()
         assert run.shown == twin.shown
@@ -591,8 +667,20 @@ def test_flat_checkpoint_of_adamw(strict):
     flat = get_optimizer_state_dict(model, adamw.optimizer, options=options)
 
     run = Scheduled("adams", model.parameters(), weight_decay=0.05, reference_steps=7)
+    shown, weights = run.optimizer.state_dict()["param_groups"], [p.detach().clone() for p in run.params]
     with pytest.raises(KeyError, match="param_groups"):
         set_optimizer_state_dict(model, run.optimizer, flat, options=options)
+    assert run.optimizer.state_dict()["param_groups"] == shown and not any(run.state.values())
+    assert all(map(torch.equal, run.params, weights))
+
+    # The form that the documents name instead.
+    options = StateDictOptions(strict=strict)
+    whole = get_optimizer_state_dict(model, adamw.optimizer, options=options)
+    set_optimizer_state_dict(model, run.optimizer, whole, options=options)
+    assert run.optimizer.param_groups[0]["initial_weight_decay"] == 0.05 and run.schedule.reference_steps == 7
+    run.step(4)
+    run.check()
+    assert run.schedule.step_count == 5
 
 
 def test_optimizer_that_is_its_own_optimizer_does_not_hang():

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from hf_swd import SWDTrainer
+from hf_swd.core.schedule import WeightDecaySchedule
 
 
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -303,9 +304,7 @@ def test_clipping_inside_training_step(tmp_path, changes):
 # The window closes
 
 
-def test_gradients_after_training_are_not_the_trainers(tmp_path):
-    """The same optimizer goes on in an own loop, which does not clip."""
-    trainer, _ = judged(tmp_path)
+def check_own_loop(trainer):
     optimizer = trainer.optimizer.optimizer
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -315,31 +314,33 @@ def test_gradients_after_training_are_not_the_trainers(tmp_path):
         assert optimizer.grad_rms == pytest.approx(rms_of_moments(optimizer), rel=1e-5)
 
 
-def test_step_that_a_callback_prevents_leaves_nothing_behind(tmp_path):
-    """Training ends between clipping and step; the next one begins with other gradients."""
+def test_gradients_after_training_are_not_the_trainers(tmp_path):
+    """The same optimizer goes on in an own loop, which does not clip."""
+    trainer, _ = judged(tmp_path)
+    check_own_loop(trainer)
 
-    class Stop(Exception):
-        pass
 
-    class StopsOnce(Trainer):
-        """Where nobody but the loop itself is looked at: the step that the optimizer's wrapper makes."""
+def test_step_that_never_comes_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Training is interrupted between clipping and step, where nobody looks, and an own loop goes on."""
+    begin_step = WeightDecaySchedule.begin_step
 
-        stopped = False
+    def interrupted(self):
+        monkeypatch.setattr(WeightDecaySchedule, "begin_step", begin_step)
+        raise KeyboardInterrupt
 
-        def get_batch_samples(self, *args, **kwargs):
-            if self.state.global_step == 2 and not self.stopped:
-                self.stopped = True
-                raise Stop
-            return super().get_batch_samples(*args, **kwargs)
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                monkeypatch.setattr(WeightDecaySchedule, "begin_step", interrupted)
 
     judge = Judge()
     args = arguments(tmp_path, optim_args=None, max_grad_norm=0.1)
-    trainer = StopsOnce(tiny_bert(), args, train_dataset=sentences(), callbacks=[judge])
-    with contextlib.suppress(Stop):
+    trainer = Trainer(tiny_bert(), args, train_dataset=sentences(), callbacks=[judge, Interrupts()])
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    trainer.train()
-    assert judge.found == pytest.approx(judge.expected, rel=1e-4)
+    assert len(judge.found) == 2
     assert "clip_grad_norm_" not in vars(trainer.accelerator)
+    check_own_loop(trainer)
 
 
 def with_grad_scaler(trainer_class):
@@ -371,6 +372,30 @@ def test_with_a_grad_scaler_that_skips_steps(tmp_path, looks, changes):
         swd, _ = judged(tmp_path, with_grad_scaler(Trainer), callbacks, steps=9, **changes)
         assert swd.accelerator.scaler.get_scale() < 2.0**127
         assert 0 < swd.optimizer.param_groups[0]["schedule_step"] < 9
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_what_was_measured_for_a_last_step_that_is_skipped_is_of_no_other(tmp_path):
+    try:
+        trainer = train(tmp_path, with_grad_scaler(Trainer), optim_args=None, max_steps=2, max_grad_norm=0.1)
+        assert float(trainer.optimizer.param_groups[0]["schedule_step"]) == 0
+        check_own_loop(trainer)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+class LooksAfterSkippedSteps(HookOfLateStep):
+    """From then on clipping measures nothing for the step that comes."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        super().on_step_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        assert state.global_step != 2 or optimizer.param_groups[0].get("schedule_step", 0) == 0
+
+
+def test_what_was_measured_for_a_skipped_step_is_of_no_other(tmp_path):
+    try:
+        judged(tmp_path, with_grad_scaler(Trainer), lambda: [LooksAfterSkippedSteps(set_rows_to_zero)], steps=9)
     finally:
         AcceleratorState._reset_state(True)
 

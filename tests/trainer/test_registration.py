@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_swd
 from hf_swd import AdamS, register
+from hf_swd.registration import check_trainer
 
 
 try:
@@ -177,6 +180,20 @@ def test_bad_optim_args_are_refused_when_arguments_are_made(tmp_path, optim_args
 
 def test_optim_args_of_other_optimizers_are_not_looked_at(tmp_path):
     Trainer(tiny_bert(), arguments(tmp_path, optim="adafactor", optim_args="warmup=3"), train_dataset=sentences())
+
+
+@pytest.mark.parametrize(
+    ("given", "is_ours"),
+    [(None, False), ((torch.optim.AdamW, {}), False), ((lambda params: None, {}), False), ((AdamS, {}), True)],
+    ids=["nothing", "AdamW", "function", "AdamS"],
+)
+def test_optimizer_of_deepspeeds_configuration_is_refused_only_in_the_place_of_adams(given, is_ours):
+    """`tests/distributed/test_refusals.py` has it with DeepSpeed itself."""
+    config = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
+    args = SimpleNamespace(optim="adamw_torch", deepspeed_plugin=SimpleNamespace(hf_ds_config=config))
+    trainer = SimpleNamespace(args=args, optimizer_cls_and_kwargs=given)
+    with pytest.raises(ValueError, match='"type": "AdamW"') if is_ours else contextlib.nullcontext():
+        check_trainer(trainer)
 
 
 # Processes
