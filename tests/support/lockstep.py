@@ -317,7 +317,7 @@ class LockStep:
         self.set_gradients(gradients)
 
     def overflow(self) -> None:
-        """A step that the optimizer is told to leave out: nothing changes but the number of steps that were tried."""
+        """A step that the optimizer is told to leave out: nothing changes."""
         weights = [p.detach().clone() for p in self.params]
         before = self.schedule.step_count, self.schedule.reference_rms
         self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
