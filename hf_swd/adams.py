@@ -171,7 +171,7 @@ class AdamS(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         step = self._decay_schedule.begin_step()
-        if not self.state:  # torch looks too late: other groups' weights would have changed
+        if not self.state:  # torch looks group by group, when others have been stepped
             for p in (p for gradients in step.groups if gradients.group["fused"] for p in gradients.params):
                 _device_dtype_check_for_fused(p)
         for gradients, decay in zip(step.groups, step.decays, strict=True):
@@ -187,17 +187,8 @@ class AdamS(torch.optim.AdamW):
         if fused is None and group["foreach"] is None:
             examples = local_parts([*kinds.values()])
             fused, _ = _default_to_fused_or_foreach(examples, False, use_fused=True)
-        if not all(states):
-            without_state = [p for p, state in zip(with_grad, states, strict=True) if not state]
-            new = {**group, "params": without_state, "fused": fused}
-            # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
-            torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
-            states = [self.state[p] for p in with_grad]
-        # A loaded state may have it on the host.
-        if fused and any(device.type != "cpu" for cls, device, dtype in kinds):
-            for p, state in zip(with_grad, states, strict=True):
-                if state["step"].device != p.device:
-                    state["step"] = state["step"].to(p.device)
+        if not all(states) or (fused and any(device.type != "cpu" for _, device, _ in kinds)):
+            states = self._complete_states(gradients, fused)
         params, grads = local_parts(with_grad), local_parts(grads)
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = (
             local_parts([state[key] for state in states]) if group["amsgrad"] or key != "max_exp_avg_sq" else []
@@ -228,9 +219,22 @@ class AdamS(torch.optim.AdamW):
         kernel: Callable[..., None] = _fused_adamw_on_cpu
         if not (fused and len(kinds) == 1 and params[0].is_cpu):
             kernel = adamw
-            options.update(fused=fused, has_complex=any(dtype.is_complex for cls, device, dtype in kinds))
+            options.update(fused=fused, has_complex=any(dtype.is_complex for _, _, dtype in kinds))
             options.update({key: group[key] for key in ("foreach", "capturable", "differentiable")})
         kernel(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
+
+    def _complete_states(self, gradients: GroupGradients, fused: bool) -> list[dict[str, Any]]:
+        """States for parameters that have none, and step counts where the kernel wants them."""
+        with_grad = gradients.params
+        without_state = [p for p, state in zip(with_grad, gradients.states, strict=True) if not state]
+        new = {**gradients.group, "params": without_state, "fused": fused}
+        # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
+        torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
+        states = [self.state[p] for p in with_grad]
+        for p, state in zip(with_grad, states, strict=True):
+            if fused and state["step"].device != p.device:  # a loaded step count may be on the host
+                state["step"] = state["step"].to(p.device)
+        return states
 
     def _decay_on_device(self, params: list[Tensor], lr: float | Tensor, decay: Tensor) -> None:
         """Decay by a number that stays on the accelerator: torch's kernels take theirs from the host."""

@@ -30,6 +30,12 @@ class GroupGradients(NamedTuple):
     states: list[dict[str, Any]]
 
     @property
+    def beta2(self) -> float | Tensor:
+        """Decay rate of the optimizer's second moment."""
+        beta2: float | Tensor = self.group["betas"][1]
+        return beta2
+
+    @property
     def amsgrad(self) -> bool:
         """Whether the optimizer takes the maximum of the second moment."""
         return bool(self.group.get("amsgrad"))

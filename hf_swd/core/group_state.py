@@ -36,7 +36,7 @@ NUMBERS: dict[str, Any] = {**dict.fromkeys(Numbers._fields, 0.0), "schedule_step
 _DECAYS = ("weight_decay", "initial_weight_decay", "scheduled_weight_decay")
 _MARK = "schedule_step"
 _KEYS = {*_DECAYS, *OPTIONS, *NUMBERS}
-# What hf_swd 0.1.0 wrote beside these, into groups and states.
+# What hf_swd 0.1.0 wrote beside `schedule_step`, into groups and states.
 _OF_0_1_0 = ("num_elements", "second_moment_sum", "second_moment_step")
 
 Group = dict[str, Any]
@@ -199,7 +199,7 @@ def adapted_for_loading(own: Sequence[Group], saved: Sequence[Group], defaults: 
     is_foreign = not any(_MARK in group for group in saved)
     groups = []
     for mine, group in zip(own, saved, strict=True):
-        # torch.distributed.checkpoint completes another optimizer's groups by ours as they are before the first step.
+        # torch.distributed.checkpoint fills in what AdamW's groups lack from ours, before their first step.
         is_completed = not group.get(_MARK) and not _is_scheduled(group)
         decay = user_decay(mine if is_foreign or is_completed else group)
         lacking = {**{key: mine[key] for key in OPTIONS}, **(NUMBERS if is_foreign else {})}

@@ -32,39 +32,30 @@ def moment_ids(states: Sequence[Mapping[str, Any]]) -> list[int]:
     return [id(state.get(_MOMENT)) for state in states]
 
 
-def reading_tolerance(groups: Sequence[GroupGradients], betas: Sequence[float | Tensor]) -> float | None:
-    """
-    How far, relatively, the mean that the recurrence gives may be from what the moments say, before it is taken for
-    wrong; 0 if parameters that step together obey no recurrence, and `None` if their moments cannot be read.
-
-    Args:
-        groups: what steps together.
-        betas: beta2 of each group.
-    """
+def reading_tolerance(groups: Sequence[GroupGradients]) -> float | None:
+    """How far, relatively, the mean that the recurrence gives may be from what the moments say, before it is taken for
+    wrong; 0 if these parameters obey no common recurrence, and `None` if their moments cannot be read."""
     states = [state for group in groups for state in group.states]
     held = [state.get(_MOMENT) for state in states if state]
     moments = [m for m in held if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
     if len(moments) < len(held):
         return None
     steps = set(_vector([state.get("step", 0.0) for state in states]).tolist())
-    of_groups = [(beta2, group) for beta2, group in zip(betas, groups, strict=True) if group.params]
-    rates = {id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2, _ in of_groups}
+    stepping = [group for group in groups if group.params]
+    rates = {id(group.beta2) if isinstance(group.beta2, Tensor) else group.beta2 for group in stepping}
     dtypes = {local_part(m).dtype for m in moments}
     # Small changes of moments in half precision are rounded away, and a maximum is no moving average.
-    if len(steps) > 1 or len(rates) > 1 or dtypes & set(HALF) or any(group.amsgrad for _, group in of_groups):
+    if len(steps) > 1 or len(rates) > 1 or dtypes & set(HALF) or any(group.amsgrad for group in stepping):
         return 0.0
     return max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-11)
 
 
-def read_moments(
-    groups: Sequence[GroupGradients], betas: Sequence[float | Tensor], squares: Tensor, grad_scale: Tensor | None
-) -> Tensor:
+def read_moments(groups: Sequence[GroupGradients], squares: Tensor, grad_scale: Tensor | None) -> Tensor:
     """
     Addends of the mean.
 
     Args:
         groups: what steps together.
-        betas: beta2 of each group.
         squares (`Tensor`, shape `(params,)`): squared norms of the gradients, unscaled.
         grad_scale (0-d `Tensor`, *optional*): what the gradients are to be divided by (a GradScaler's).
 
@@ -74,24 +65,22 @@ def read_moments(
     """
     states = [state for group in groups for state in group.states]
     steps = _vector([state.get("step", 0.0) for state in states]).to(squares) + 1
-    rates = _vector([beta2 for beta2, group in zip(betas, groups, strict=True) for _ in group.params]).to(squares)
+    rates = _vector([group.beta2 for group in groups for _ in group.params]).to(squares)
     correction = 1 - rates**steps
     present = [i for i, state in enumerate(states) if state]
     before = torch.zeros_like(squares)
     before[present] = sums([states[i][_MOMENT] for i in present]).to(squares)
     old, new = rates * before / correction, (1 - rates) * squares / correction
-    first = 0
-    for beta2, group in zip(betas, groups, strict=True):
-        for i, (grad, state) in enumerate(zip(group.grads, group.states, strict=True), first):
-            if group.amsgrad:
-                # At least what the moments add up to: in float16 the maxima underflow to 0.
-                maximum = _maximum_sum(grad, state, beta2, grad_scale).to(squares) / correction[i]
-                new[i] = torch.where(old[i] == math.inf, 0.0, torch.maximum(new[i], maximum - old[i]))
-        first += len(group.params)
+    each = ((group, *pair) for group in groups for pair in zip(group.grads, group.states, strict=True))
+    for i, (group, grad, state) in enumerate(each):
+        if group.amsgrad:
+            # At least what the moments add up to: in float16 the maxima underflow to 0.
+            maximum = _maximum_sum(grad, state, group.beta2, grad_scale).to(squares) / correction[i]
+            new[i] = torch.where(old[i] == math.inf, 0.0, torch.maximum(new[i], maximum - old[i]))
     return torch.stack([old, new, steps], dim=1)
 
 
-def on_host(value: float | Tensor, like: Tensor) -> float | Tensor:
+def without_sync(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number where the host has it, else a 0-d tensor as `like`."""
     return value.to(like) if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .grad_norm import squared_norms
 from .gradients import GradientSource, GroupGradients, with_gradients
-from .moments import keeps_moments, moment_ids, on_host, read_moments, reading_tolerance
+from .moments import keeps_moments, moment_ids, read_moments, reading_tolerance, without_sync
 from .recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from .sharding import Layout, Shard
 
@@ -71,7 +71,7 @@ class ParameterGradients(GradientSource):
         self._fixed_beta2 = beta2
         self.shards: Mapping[int, Shard] = {}
         """By `id`, parameters that are known to be divided without being DTensors."""
-        self._measured: _MeasuredStep | None = None
+        self._to_be_ended: _MeasuredStep | None = None
         self._num_measured = 0
         self.divide(process_group=process_group)
 
@@ -107,25 +107,23 @@ class ParameterGradients(GradientSource):
             return None
         squares = self._squared_norms(groups)
         sums = layout.local_sums(squares.unsqueeze(1), groups)
-        betas = [self._beta2(group.group) for group in groups]
-        stepping = self._stepping_set(groups, layout, betas, squares, reads_moments=not unclipped)
+        stepping = self._stepping_set(groups, layout, squares, reads_moments=not unclipped)
         tolerance = stepping.tolerance
-        old_weight, new_weight = _weights(groups, betas, before, is_adams=tolerance is not None)
+        old_weight, new_weight = self._weights(groups, before, is_adams=tolerance is not None)
 
-        # Four more numbers of each kind: what is left of old moments and what gradients add, step counts weighted by
-        # size, and the size of what was read. They are sent in every step, as another rank may read when this one does
-        # not.
+        # Four columns: what is left of old moments, what gradients add, step counts weighted by size, and the size of
+        # what was read. They are sent in every step, as another rank may read when this one does not.
         parts = sums.new_zeros(len(sums), 4)
         reads = self._reads(groups, stepping, squares.device)
-        carries_parts = tolerance is not None and layout.ranks_differ
+        carries_parts = tolerance is not None and layout.ranks_know_their_part_only
         if reads:
-            addends = read_moments(groups, betas, squares, self._grad_scale)
+            addends = read_moments(groups, squares, self._grad_scale)
             addends[:, 2] *= stepping.sizes
             parts = torch.cat([layout.local_sums(addends, groups), stepping.sizes_by_kind], dim=1)
         elif carries_parts and self._parts is not None:
             parts[:, 0], parts[:, 1] = old_weight * self._parts, new_weight * sums[:, 0]
             parts[:, 3:] = stepping.sizes_by_kind
-        self._measured = _MeasuredStep(stepping, parts[:, 0], parts[:, 1])
+        self._to_be_ended = _MeasuredStep(stepping, parts[:, 0], parts[:, 1])
         self._num_measured += 1
         self._stepped = None  # until the step is made
 
@@ -144,10 +142,10 @@ class ParameterGradients(GradientSource):
         return StepTotals(squared_norm, num_elements, old_weight, new_weight, reading)
 
     def end_step(self, clip: Tensor | None) -> None:
-        assert self._measured is not None and self._layout is not None, "a step was measured"
-        (stepping, old, new), self._measured = self._measured, None
+        assert self._to_be_ended is not None and self._layout is not None, "a step was measured"
+        (stepping, old, new), self._to_be_ended = self._to_be_ended, None
         layout = self._layout[1]
-        if layout.ranks_differ and stepping.tolerance is not None:
+        if layout.ranks_know_their_part_only and stepping.tolerance is not None:
             self._parts = old + (new if clip is None else new * clip.square())
             if getattr(self._optimizer, "found_inf", None) is not None:
                 return  # this step may have been left out: the next one reads
@@ -155,14 +153,13 @@ class ParameterGradients(GradientSource):
         if stepping.is_new and stepping.tolerance is not None:
             # With the moments that Adam has made in this step, which need not be read.
             groups = with_gradients(self._optimizer)
-            betas = [self._beta2(group.group) for group in groups]
-            self._stepped = self._stepping_set(groups, layout, betas, stepping.sizes, reads_moments=True)
+            self._stepped = self._stepping_set(groups, layout, stepping.sizes, reads_moments=True)
 
     def _reads(self, groups: list[GroupGradients], stepping: _SteppingSet, device: torch.device) -> bool:
         """Whether this step reads the moments."""
         if stepping.tolerance is None:
             return False
-        # Plain numbers are those of new groups.
+        # A number that is no tensor yet is that of new groups, or just loaded.
         is_known = stepping is self._stepped and isinstance(groups[0].group["second_moment_mean"], Tensor)
         is_due = self._num_measured % _STEPS_BETWEEN_READINGS == 0  # on all ranks at once
         reads = is_due or not is_known or not stepping.tolerance
@@ -187,9 +184,20 @@ class ParameterGradients(GradientSource):
         scale = self._grad_scale
         return squares if scale is None else squares / scale.to(squares).square()
 
-    def _beta2(self, group: Mapping[str, Any]) -> float | Tensor:
-        beta2: float | Tensor = group["betas"][1] if self._fixed_beta2 is None else self._fixed_beta2
-        return beta2
+    def _beta2(self, group: GroupGradients) -> float | Tensor:
+        return group.beta2 if self._fixed_beta2 is None else self._fixed_beta2
+
+    def _weights(
+        self, groups: list[GroupGradients], before: Numbers, *, is_adams: bool
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """Weights of the recurrence for the first parameter that steps: where it holds, all have the same. By Adam's
+        step count, if the mean is that of its moments."""
+        mean = before.second_moment_mean
+        group = next((group for group in groups if group.params), groups[0])
+        step: float | Tensor = before.schedule_step
+        if is_adams and group.states:
+            step = without_sync(group.states[0].get("step", 0.0), mean)
+        return recurrence_weights(without_sync(self._beta2(group), mean), step + 1)
 
     def _whole_layout(self, groups: list[GroupGradients]) -> Layout:
         """The layout of all parameters, with and without a gradient."""
@@ -203,18 +211,18 @@ class ParameterGradients(GradientSource):
         self,
         groups: list[GroupGradients],
         layout: Layout,
-        betas: list[float | Tensor],
         like: Tensor,
         *,
         reads_moments: bool,
     ) -> _SteppingSet:
-        """That of the last step, if nothing has changed."""
+        """The parameters that step now: the same object as of the last step, if nothing has changed."""
         reads_moments = reads_moments and self._fixed_beta2 is None and keeps_moments(self._optimizer)
         states = [state for group in groups for state in group.states] if reads_moments else []
+        rates = map(self._beta2, groups)
         key = (
             [id(p) for group in groups for p in group.params],
             moment_ids(states),
-            [id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2 in betas],
+            [id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2 in rates],
             [reads_moments, *(group.amsgrad for group in groups)],
         )
         if self._stepped is not None and self._stepped.key == key:
@@ -224,18 +232,6 @@ class ParameterGradients(GradientSource):
             key,
             sizes,
             layout.local_sums(sizes.unsqueeze(1), groups),
-            reading_tolerance(groups, betas) if reads_moments else None,
+            reading_tolerance(groups) if reads_moments else None,
             is_new=not all(states),
         )
-
-
-def _weights(
-    groups: list[GroupGradients], betas: list[float | Tensor], before: Numbers, *, is_adams: bool
-) -> tuple[float | Tensor, float | Tensor]:
-    """Those of the recurrence for the first parameter, which are everyone's wherever it holds. By Adam's step count,
-    if the mean is that of its moments."""
-    first = next((i for i, group in enumerate(groups) if group.params), 0)
-    beta2, states = on_host(betas[first], before.second_moment_mean), groups[first].states
-    if not (is_adams and states):
-        return recurrence_weights(beta2, before.schedule_step + 1)
-    return recurrence_weights(beta2, on_host(states[0].get("step", 0.0), before.second_moment_mean) + 1)

@@ -22,7 +22,7 @@ class Numbers(NamedTuple):
     groups that hold them."""
 
     schedule_step: Tensor
-    """Steps so far, but for those before the first gradient that was not zero."""
+    """Steps so far, not counting those before the first gradient that was not zero."""
     second_moment_mean: Tensor
     """Mean of the bias-corrected second moment at the last step, over every element that had a gradient."""
     reference_rms: Tensor
@@ -83,15 +83,17 @@ def advance(
     if totals.reading is not None:
         read = totals.reading
         difference = (old_mean - read.old_mean).abs()
-        is_right = ~torch.as_tensor(read.is_complete, device=mean.device)
+        keeps_recurrence = ~torch.as_tensor(read.is_complete, device=mean.device)
         if read.tolerance:
-            is_right = is_right | (difference < read.tolerance * read.old_mean)  # not where that is infinite
-            # Before this step; what stays if the step is skipped, as the next one need not read.
-            mean = torch.where(is_right | (old_mean == read.old_mean), mean, read.old_mean / totals.old_weight)
-        # After another optimizer's moments, its steps count.
+            keeps_recurrence = keeps_recurrence | (
+                difference < read.tolerance * read.old_mean
+            )  # finite
+            # The mean before this step is set right, too: it stays if the step is skipped, and the next need not read.
+            mean = torch.where(keeps_recurrence | (old_mean == read.old_mean), mean, read.old_mean / totals.old_weight)
+        # Where another optimizer has made these moments, its steps count.
         step = torch.where((step == 0) & (read.old_mean > 0), (read.step - 1).round(), step)
-        old_mean = torch.where(is_right, old_mean, read.old_mean)
-        new_mean = torch.where(is_right, new_mean, read.new_mean)
+        old_mean = torch.where(keeps_recurrence, old_mean, read.old_mean)
+        new_mean = torch.where(keeps_recurrence, new_mean, read.new_mean)
     if clip is not None:
         # Where the norm is infinite, what clipping leaves of the gradients is 0.
         new_mean = torch.where(totals.squared_norm == math.inf, 0.0, new_mean * clip.square())

@@ -33,7 +33,8 @@ class ScheduledStep(NamedTuple):
 
 
 class _StepUnderWay(NamedTuple):
-    """What the groups will hold once this step is made, and what its gradients are multiplied by."""
+    """What the groups will hold once this step is made, and what its gradients are multiplied by. It stays for further
+    inner steps of ZeRO, which show the same decay."""
 
     numbers: Numbers
     clip: Tensor | None
@@ -73,7 +74,7 @@ class WeightDecaySchedule(group_state.GroupValues):
         }
         check_options({**options, "process_group": process_group})
         super().__init__(optimizer)
-        self.decays = DecayWriter()
+        self.decay_writer = DecayWriter()
         self._clip_counts: tuple[Tensor | int, int] = (0, 0)
         self._grad_norm = torch.zeros((), device="cpu")
         self._num_elements: Tensor | int = 0
@@ -140,7 +141,7 @@ class WeightDecaySchedule(group_state.GroupValues):
         check_options({"max_norm": max_norm})
         groups = with_gradients(self.optimizer)
         norm = self.source.norm(groups)
-        clip = self._clip_factor(norm, max_norm)
+        clip = self._record_norm(norm, max_norm)
         if clip is not None:
             scale_([grad for group in groups for grad in group.grads], clip)
         return norm.float()
@@ -203,7 +204,7 @@ class WeightDecaySchedule(group_state.GroupValues):
                 "or a Trainer in which no callback, hook or subclass looks at gradients before the step; where "
                 "nothing is clipped, leave unclipped_norm out"
             )
-        return totals, self._clip_factor(totals.squared_norm.sqrt(), max_norm) if max_norm else None
+        return totals, self._record_norm(totals.squared_norm.sqrt(), max_norm) if max_norm else None
 
     def _advance(self, totals: StepTotals, clip: Tensor | None) -> _StepUnderWay:
         self._num_elements = totals.num_elements
@@ -216,14 +217,14 @@ class WeightDecaySchedule(group_state.GroupValues):
         )
         return _StepUnderWay(numbers, clip)
 
-    def _clip_factor(self, norm: Tensor, max_norm: float) -> Tensor | None:
+    def _record_norm(self, norm: Tensor, max_norm: float) -> Tensor | None:
         clipped, looks = self._clip_counts
         self._clip_counts = clipped + (norm + 1e-6 > max_norm), looks + 1
         self._grad_norm = norm
         return clip_factor(norm, float(max_norm))
 
     def _write_decay(self, numbers: Numbers) -> list[float | Tensor]:
-        return self.decays.write(self.groups, numbers, calibrated=self.reference_steps > 0)
+        return self.decay_writer.write(self.groups, numbers, calibrated=self.reference_steps > 0)
 
     # What engines, checkpoints and copies need
 

@@ -44,7 +44,7 @@ class Layout:
         groups = dict.fromkeys(group for kind in kinds for group in kind)
         self.is_local = not groups and process_group is None
         """Whether this rank needs no other to know everything."""
-        self.ranks_differ = process_group is not None or any(shard.group for shard in shards.values())
+        self.ranks_know_their_part_only = process_group is not None or any(shard.group for shard in shards.values())
         """Whether ranks hold different parameters, and so may see changes (a new state) that others do not."""
         self._num_kinds = len(kinds)
         self._kind_of = {id(p): kinds.index(kind) for p, kind in zip(params, divided_over, strict=True)}
@@ -92,7 +92,9 @@ def _dividing_groups(param: Tensor, shard: Shard | None) -> tuple[ProcessGroup, 
         return ()
     mesh = param.device_mesh
     return tuple(
-        mesh.get_group(dim) for dim, p in enumerate(param.placements) if not p.is_replicate() and mesh.size(dim) > 1
+        mesh.get_group(dim)
+        for dim, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
     )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def drive(schedule: WeightDecaySchedule) -> None:
     """Have every `step()` of the schedule's optimizer begin and end one of the schedule's."""
-    schedule.decays.on_host = True  # optimizers take the decay as a number
+    schedule.decay_writer.on_host = True  # optimizers take the decay as a number
 
     def begin() -> None:
         step = schedule.begin_step()

@@ -14,7 +14,7 @@ def pair(dtype=torch.float64, **options):
         params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (7,), ())]
         groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
         optimizers.append(AdamS(groups, **{"lr": 1e-2, "weight_decay": 0.5, **options}))
-        optimizers[-1].schedule.decays.on_host = host_decay
+        optimizers[-1].schedule.decay_writer.on_host = host_decay
     return optimizers
 
 
@@ -61,7 +61,7 @@ def test_low_precision_weights_lose_the_right_share():
         optimizer = AdamS(
             [p], lr=1e-3, weight_decay=weight_decay, reference_steps=10
         )  # the effective decay is 3 for 10 steps
-        optimizer.schedule.decays.on_host = False
+        optimizer.schedule.decay_writer.on_host = False
         p.grad = gradient.clone()
         optimizer.step()
         after.append(p.detach().double().sum())
