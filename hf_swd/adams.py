@@ -20,7 +20,7 @@ from .core.gradients import GroupGradients
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
 from .core.validation import check_options
-from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
+from .engines import attach as _attach  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from .core.schedule import WeightDecaySchedule
 from .core.step_hooks import drive
 from .core.validation import check_options
 from .core.wrappers import schedule_of, unwrapped
-from .engines import attach as _  # noqa: F401 - its hook stops steps of which the schedule sees a part only
+from .engines import attach as _attach  # noqa: F401 - its hook stops steps of which the schedule sees a part only
 
 
 if TYPE_CHECKING:

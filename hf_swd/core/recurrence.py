@@ -85,9 +85,7 @@ def advance(
         difference = (old_mean - read.old_mean).abs()
         keeps_recurrence = ~torch.as_tensor(read.is_complete, device=mean.device)
         if read.tolerance:
-            keeps_recurrence = keeps_recurrence | (
-                difference < read.tolerance * read.old_mean
-            )  # finite
+            keeps_recurrence = keeps_recurrence | (difference < read.tolerance * read.old_mean)  # finite
             # The mean before this step is set right, too: it stays if the step is skipped, and the next need not read.
             mean = torch.where(keeps_recurrence | (old_mean == read.old_mean), mean, read.old_mean / totals.old_weight)
         # Where another optimizer has made these moments, its steps count.
