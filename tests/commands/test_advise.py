@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,6 +221,16 @@ def test_decays_too_weak_to_matter_do_not_widen_the_parabola():
     # One that just matters is not taken for nearly the same as the least, which would make a steep parabola.
     assert propose([weak, Tried(0.101, 2.1, total=0.101), Tried(10.0, 2.3)]).parabola.gain < 0.2
     assert propose([weak, *strong]).parabola.optimum > 0.5 > Parabola.through(weak, *strong).optimum
+
+
+def test_a_stronger_decay_that_made_no_difference_ends_the_search():
+    weak, strong = Tried(0.1, 2.0, total=0.01, rise=0.0), Tried(1.0, 2.001, total=0.1, rise=0.0)
+    assert propose([weak, strong], noise=0.04).weight_decay is None
+    assert propose([weak, strong], noise=0.0001).weight_decay == 0.32
+    # Unless the weak one overfits, and the other is strong: they may be alike as too weak and too strong.
+    overfits = replace(weak, rise=0.1)
+    assert propose([overfits, strong], noise=0.04).weight_decay is None
+    assert propose([overfits, replace(strong, total=4.0)], noise=0.04).weight_decay == 0.32
 
 
 def test_best_of_a_grid_is_refined_and_the_table_shows_it(tmp_path):
