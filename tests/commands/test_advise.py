@@ -248,6 +248,9 @@ def test_run_whose_evaluation_is_nan_is_named(tmp_path):
     advice = advise([*folders, diverged])
     assert f"Left out: {diverged} (no finite eval_loss, or no known weight_decay)." in advice.lines
     assert [setting.weight_decay for setting in advice.settings] == [0.5, 2.0]
+    assert advice.lines[0].startswith("2 runs that differ")
+    lone = said(folders[1], diverged)  # as if it had been alone, but for what is left out
+    assert lone.startswith(f"{folders[1]}: 200 steps") and "weight_decay=2." in lone and "|" not in lone
 
 
 def test_seeds_are_averaged_and_what_they_differ_by_ends_the_search(tmp_path):
