@@ -386,6 +386,11 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     lines = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
     assert lines["mean over the seeds"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
     assert lines["next: 1.4"][0][0] == 1.4
+    colours = {line.get_label(): line.get_color().upper() for line in drawn[0].axes[0].lines}
+    assert colours["mean over the seeds"] == "#D55E00"  # AdamW's in all pictures
+    assert len({colours[name] for name in ("mean over the seeds", "parabola", "next: 1.4")}) == 3
+    box, panel = (part.get_window_extent() for part in (drawn[0].legends[0], drawn[0].axes[0]))
+    assert box.y1 < panel.y0  # below it, where no line passes
     for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
         assert any(x == pytest.approx(decay) and y == pytest.approx(loss) for x, y in lines["parabola"])
     assert min(y for _, y in lines["parabola"]) < 1.9
