@@ -85,7 +85,7 @@ setup(
     package_data={"hf_swd": ["py.typed"]},
     python_requires=">=3.10",
     # accelerate before 1.13 does not restore an FSDP2 optimizer (any) as it was saved.
-    install_requires=["torch>=2.6", "transformers>=4.46", "accelerate>=1.13"],
+    install_requires=["torch>=2.6", "transformers>=4.46", "accelerate>=1.13", "safetensors>=0.4.3"],
     extras_require=extras,
     entry_points={"console_scripts": ["hf-swd=hf_swd.commands.launch:main"]},
     classifiers=[

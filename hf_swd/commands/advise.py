@@ -96,7 +96,9 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     same, left_out = _alike(runs)
     judge = _metric(same[0], metric)
     settings = _settings(same, judge)
-    lines = [_head(same), *left_out]
+    judged = [run for setting in settings for run in setting.runs]
+    broken = [f"{run.path}: NaN or infinite from step {run.broken_from} on." for run in same if run.broken_from]
+    lines = [_head(judged or same), *broken, *left_out]
     if metric and all(math.isnan(judge.of(run)) for run in same):
         known = ", ".join(_keys(same)) or "no evaluation"
         raise ValueError(f"metric={metric!r}: no run has it; they have {known}")
@@ -104,15 +106,14 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
         shown = same[-1]
         why = "No weight decay can be judged: no evaluation with a known weight_decay is in the log (eval_strategy)."
         return Advice([*lines, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)], judge, [], None)
-    judged = [id(run) for setting in settings for run in setting.runs]
     lost = f"no finite {judge.key}, or no known weight_decay"
-    lines += [_left_out(run, lost) for run in same if id(run) not in judged]
+    lines += [_left_out(run, lost) for run in same if run not in judged]
     best = min(settings, key=lambda setting: setting.loss)
     shown = best.runs[0]
     deviation, source = _noise(settings)
     noise = deviation / math.sqrt(len(best.values))
     proposal = _propose(settings, best, noise)
-    if len(same) > 1:
+    if len(judged) > 1:
         lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
     lines += [*_fit_of(shown), *_decay_of(shown), *_conclusion(proposal, best, noise)]
@@ -236,9 +237,8 @@ def _head(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         name = str(first.path)
         decay = ", weight_decay=" + ("unknown" if first.weight_decay is None else f"{first.weight_decay:g}")
-    broken = [f" {run.path}: NaN or infinite from step {run.broken_from} on." for run in runs if run.broken_from]
     optim = first.optim or "unknown optimizer"
-    return f"{name}: {first.last_step} steps{passes}, {optim}{size}{decay}.{''.join(broken)}"
+    return f"{name}: {first.last_step} steps{passes}, {optim}{size}{decay}."
 
 
 def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:

@@ -145,9 +145,12 @@ def _strongest(below: Tried, best: Tried, noise: float, constants: Constants) ->
 
 
 def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
-    if best.total is None or best.total > constants.matters:
-        if above.loss - best.loss < noise:
-            return Proposal(None, f"{above.weight_decay:.3g} made no difference")
+    matters = best.total is None or best.total > constants.matters
+    # Too weak and too strong may be alike, with the best between them.
+    is_open = not matters and _overfits(best, constants) and (above.total or 0.0) > constants.matters
+    if above.loss - best.loss < noise and not is_open:
+        return Proposal(None, f"{above.weight_decay:.3g} made no difference")
+    if matters:
         decay = best.weight_decay * _factor(best, constants, 1 / _MOST, 1 / _LEAST)
         return Proposal(_rounded(decay), "the weakest decay so far was the best")
     if above.weight_decay <= _WIDE * best.weight_decay:

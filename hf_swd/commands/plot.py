@@ -85,14 +85,16 @@ def _read(path: Path) -> Run:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """By optimizer and weight decay; by `optim_args` and folder, too, where runs do not differ in that."""
+    """By optimizer and weight decay; by `optim_args`, seed and folder, too, where runs do not differ in that."""
     folders = _short_names([(run.path if run.path.is_dir() else run.path.parent).resolve() for run in runs])
     names = [
         folder if not run.optim or run.weight_decay is None else f"{name_of(run.optim)} {run.weight_decay:g}"
         for run, folder in zip(runs, folders, strict=True)
     ]
-    for further in ([run.arguments.get("optim_args") or "" for run in runs], folders):
-        if len(set(names)) < len(names):
+    options = [run.arguments.get("optim_args") or "" for run in runs]
+    seeds = [f"seed {run.arguments['seed']}" if "seed" in run.arguments else "" for run in runs]
+    for further in (options, seeds, folders):
+        if len(set(names)) < len(names) and len(set(further)) > 1:
             # A name that is its folder's is not repeated.
             names = [", ".join(filter(None, dict.fromkeys(parts))) for parts in zip(names, further, strict=True)]
     return names
@@ -119,7 +121,7 @@ def name_of(optim: str) -> str:
 
 def styles_of(optimizers: Sequence[str]) -> list[dict[str, Any]]:
     """Colour and line style for each of several lines. An optimizer, as [`name_of`] names it, has one colour in all
-    pictures; a second line of the same optimizer is lighter and in another style."""
+    pictures; further lines of the same optimizer are ever lighter and in other styles."""
     from matplotlib.colors import to_hex, to_rgb
 
     spare = [colour for colour in COLOURS if colour not in [_COLOUR_OF.get(name) for name in optimizers]]
@@ -128,7 +130,7 @@ def styles_of(optimizers: Sequence[str]) -> list[dict[str, Any]]:
     for index, name in enumerate(optimizers):
         before = list(optimizers[:index]).count(name)
         place = 0 if name in _COLOUR_OF else others.index(name)
-        white = min(0.3 * before, 0.6)
+        white = before * min(0.3, 0.7 / list(optimizers).count(name))
         red, green, blue = (c + white * (1 - c) for c in to_rgb(_COLOUR_OF.get(name, spare[place % len(spare)])))
         styles.append({"color": to_hex((red, green, blue)), "linestyle": _LINES[(place + before) % len(_LINES)]})
     return styles
@@ -184,7 +186,7 @@ def _draw(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         for axes, (key, (title, unit)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
             _draw_panel(axes, [*zip(runs, names, styles, strict=True)], key)
             axes.set_title(title)
-            axes.set_ylabel(unit)
+            axes.set_ylabel(unit, labelpad=8)  # its underscore is deeper than what matplotlib allows for
         handles = [Line2D([], [], **style) for style in styles]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2, frameon=False)
     return figure

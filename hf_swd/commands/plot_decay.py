@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .advise import advise
-from .plot import COLOURS, dress, require_matplotlib, save_figure
+from .plot import COLOURS, dress, name_of, require_matplotlib, save_figure, styles_of
 
 
 def plot_against_decay(
@@ -37,10 +37,11 @@ def plot_against_decay(
         raise ValueError("no run has an evaluation (eval_strategy) and a weight_decay above 0 (training_args.bin)")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    solid, dashed = styles_of([name_of(settings[0].runs[0].optim)] * 2)
     for setting in settings:
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
     decays = [setting.weight_decay for setting in settings]
-    axes.plot(decays, [setting.mean for setting in settings], "o-", color=COLOURS[0], label="mean over the seeds")
+    axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label="mean over the seeds")
     for setting in advice.settings:
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
@@ -52,7 +53,7 @@ def plot_against_decay(
         shown = [left * (right / left) ** (i / 100) for i in range(101)]
         sign = -1 if advice.metric.greater_is_better else 1
         heights = [best.mean + sign * proposal.parabola.above_best(decay) for decay in shown]
-        axes.plot(shown, heights, "--", color=COLOURS[1], label="parabola", zorder=1)
+        axes.plot(shown, heights, **dashed, label="parabola", zorder=1)
     verdict, decay = "next", proposal.weight_decay
     if decay is None:
         verdict, decay = "stop here", best.weight_decay
@@ -62,5 +63,5 @@ def plot_against_decay(
     axes.xaxis.set_minor_formatter(NullFormatter())
     dress(axes, "weight decay")
     axes.set_ylabel(f"{advice.metric.key}{', best' if advice.metric.at_best else ', at the end'}")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return save_figure(figure, Path(output_dirs[0]), output)

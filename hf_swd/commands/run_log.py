@@ -32,6 +32,7 @@ class Run:
         path: as it was named.
         state: its `trainer_state.json`.
         history: the entries of that which have a step.
+        end: its own step and epoch, as far as it has them: the last log of training is from before.
         arguments: of the Trainer; empty if they are not known.
         dtypes: number of floating-point scalars of each dtype in the saved weights (of adapters if there are any).
     """
@@ -39,6 +40,7 @@ class Run:
     path: Path
     state: Path
     history: list[dict[str, Any]]
+    end: dict[str, Any]
     arguments: dict[str, Any]
     dtypes: dict[str, int]
 
@@ -88,7 +90,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return int(self.training[-1]["step"])
+        return int(self.end.get("global_step") or self.training[-1]["step"])
 
     @property
     def broken_from(self) -> int | None:
@@ -98,7 +100,7 @@ class Run:
     @property
     def epochs(self) -> float | None:
         """Passes over the training data."""
-        return next(reversed(self.column("epoch")), None)
+        return self.end.get("epoch") or next(reversed(self.column("epoch")), None)
 
     def column(self, key: str) -> list[float]:
         return [entry[key] for entry in self.entries if key in entry]
@@ -171,7 +173,7 @@ def read_run(output_dir: Path) -> Run:
     state = _find_state(output_dir)
     # The other files may lie beside the state, or if that is a checkpoint's, in the folder of the run.
     folders = [state.parent, state.parent.parent] if state.parent.name.startswith("checkpoint-") else [state.parent]
-    return Run(output_dir, state, _read_history(state), _read_arguments(folders), _read_dtypes(folders))
+    return Run(output_dir, state, *_read_state(state), _read_arguments(folders), _read_dtypes(folders))
 
 
 def _find_state(path: Path) -> Path:
@@ -193,10 +195,12 @@ def _find_state(path: Path) -> Path:
     )
 
 
-def _read_history(state: Path) -> list[dict[str, Any]]:
+def _read_state(state: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """`history` and `end` of a [`Run`]."""
     try:
-        history = json.loads(state.read_bytes())["log_history"]
-        return [entry for entry in history if isinstance(entry["step"], (int, float))]
+        content = json.loads(state.read_bytes())
+        history = [entry for entry in content["log_history"] if isinstance(entry["step"], (int, float))]
+        return history, {key: content[key] for key in ("global_step", "epoch") if key in content}
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
         raise ValueError(
             f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_decay_and_evaluations_of_a_real_run_are_what_it_did(tmp_path):
     assert float(took) == pytest.approx(100 * (1 - math.exp(-expected)), rel=0.05)
     assert [entry["step"] for entry in log.evaluations] == [8, 16, 24]
     assert log.epochs == log.entries[-1]["epoch"] > 1
+    text = said(train(tmp_path / "rarely", max_steps=12, logging_steps=5))
+    assert text.startswith(f"{tmp_path / 'rarely'}: 12 steps, {log.epochs / 2:.3g} passes over")
     assert log.dtypes == {"F32": sum(p.numel() for p in tiny_bert().parameters())}
     assert said(folder).splitlines()[-1].startswith("--optim adamw_torch --weight_decay ")
 
@@ -222,6 +225,16 @@ def test_decays_too_weak_to_matter_do_not_widen_the_parabola():
     assert propose([weak, *strong]).parabola.optimum > 0.5 > Parabola.through(weak, *strong).optimum
 
 
+def test_a_stronger_decay_that_made_no_difference_ends_the_search():
+    weak, strong = Tried(0.1, 2.0, total=0.01, rise=0.0), Tried(1.0, 2.001, total=0.1, rise=0.0)
+    assert propose([weak, strong], noise=0.04).weight_decay is None
+    assert propose([weak, strong], noise=0.0001).weight_decay == 0.32
+    # Unless the weak one overfits, and the other is strong: they may be alike as too weak and too strong.
+    overfits = replace(weak, rise=0.1)
+    assert propose([overfits, strong], noise=0.04).weight_decay is None
+    assert propose([overfits, replace(strong, total=4.0)], noise=0.04).weight_decay == 0.32
+
+
 def test_best_of_a_grid_is_refined_and_the_table_shows_it(tmp_path):
     text = said(*grid(tmp_path, {0.5: 2.0, 8.0: 2.2, 2.0: 1.9}))
     assert "| 0.5 | 0.5 | 1 | 2 | 2 | 1.3 |\n| 2 | 2 | 1 | 1.9 | 1.9 | 1.235 |\n| 8 | 8 | 1 | 2.2 |" in text
@@ -235,6 +248,9 @@ def test_run_whose_evaluation_is_nan_is_named(tmp_path):
     advice = advise([*folders, diverged])
     assert f"Left out: {diverged} (no finite eval_loss, or no known weight_decay)." in advice.lines
     assert [setting.weight_decay for setting in advice.settings] == [0.5, 2.0]
+    assert advice.lines[0].startswith("2 runs that differ")
+    lone = said(folders[1], diverged)  # as if it had been alone, but for what is left out
+    assert lone.startswith(f"{folders[1]}: 200 steps") and "weight_decay=2." in lone and "|" not in lone
 
 
 def test_seeds_are_averaged_and_what_they_differ_by_ends_the_search(tmp_path):
@@ -370,6 +386,11 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     lines = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
     assert lines["mean over the seeds"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
     assert lines["next: 1.4"][0][0] == 1.4
+    colours = {line.get_label(): line.get_color().upper() for line in drawn[0].axes[0].lines}
+    assert colours["mean over the seeds"] == "#D55E00"  # AdamW's in all pictures
+    assert len({colours[name] for name in ("mean over the seeds", "parabola", "next: 1.4")}) == 3
+    box, panel = (part.get_window_extent() for part in (drawn[0].legends[0], drawn[0].axes[0]))
+    assert box.y1 < panel.y0  # below it, where no line passes
     for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
         assert any(x == pytest.approx(decay) and y == pytest.approx(loss) for x, y in lines["parabola"])
     assert min(y for _, y in lines["parabola"]) < 1.9

@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 import zipfile
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from hf_swd.commands.launch import main
 from hf_swd.commands.plot import plot_runs
 
 
-pytest.importorskip("matplotlib", reason="needs the extra: plot")
+to_rgb = pytest.importorskip("matplotlib.colors", reason="needs the extra: plot").to_rgb
 
 
 @pytest.fixture
@@ -134,9 +135,9 @@ def test_legend_has_the_shortest_distinguishing_names(tmp_path, figures, folders
     assert legend(figures[0]) == names
 
 
-def write_run(folder, optim, weight_decay, optim_args=None):
+def write_run(folder, optim, weight_decay, optim_args=None, **more):
     write_state(folder, [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "swd/weight_decay": 1.0}])
-    arguments = {"optim": optim, "weight_decay": weight_decay, "optim_args": optim_args}
+    arguments = {"optim": optim, "weight_decay": weight_decay, "optim_args": optim_args, **more}
     (folder / "training_args.json").write_text(json.dumps(arguments))
     return folder
 
@@ -155,6 +156,32 @@ def write_run(folder, optim, weight_decay, optim_args=None):
 def test_runs_are_named_by_optimizer_and_weight_decay(tmp_path, figures, runs, names):
     plot_runs([write_run(tmp_path / str(index), *run) for index, run in enumerate(runs)])
     assert legend(figures[0]) == names
+
+
+def test_seeds_that_differ_are_named_before_folders(tmp_path, figures):
+    runs = [write_run(tmp_path / f"{seed}", "adams", 2.0, "reference_steps=9", seed=seed) for seed in (7, 8)]
+    plot_runs(runs)
+    assert legend(figures[0]) == ["AdamS 2, seed 7", "AdamS 2, seed 8"]
+    plot_runs([runs[0], write_run(tmp_path / "again", "adams", 2.0, "reference_steps=9", seed=7)])
+    assert legend(figures[1]) == ["AdamS 2, 7", "AdamS 2, again"]
+
+
+def test_lines_of_one_optimizer_differ_in_shade(tmp_path, figures):
+    plot_runs([write_run(tmp_path / f"{seed}", "adams", 2.0, seed=seed) for seed in range(9)])
+    lightness = [sum(to_rgb(line.get_color())) for line in figures[0].axes[0].lines]
+    assert all(after - before > 0.05 for before, after in pairwise(lightness)) and lightness[-1] < 2.5
+
+
+def test_label_of_a_logarithmic_axis_keeps_off_its_ticks(tmp_path, figures):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    plot_runs([write_state(tmp_path, log_of([0.1, 0.5, 2.0], "swd/weight_decay"))])
+    FigureCanvasAgg(figures[0]).draw()
+    panel = figures[0].axes[2]
+    bottom, top = panel.get_ylim()
+    shown = [t.label1.get_window_extent() for t in panel.yaxis.get_major_ticks() if bottom <= t.get_loc() <= top]
+    points = 72 / figures[0].dpi
+    assert points * (min(box.x0 for box in shown) - panel.yaxis.label.get_window_extent().x1) > 6
 
 
 def test_an_optimizer_has_one_colour_in_all_pictures(tmp_path, figures):
