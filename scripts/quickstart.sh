@@ -19,8 +19,11 @@ export HF_HUB_OFFLINE=1
 rm -rf "$output"
 
 echo
+echo "AdamS is AdamW whose weight decay becomes weaker, step by step, as gradients become larger; up to step"
+echo "reference_steps it is the weight decay itself."
+echo
 echo "1 of 2: a pretrained BERT (23 million parameters) is fine-tuned with AdamS on 3,700 sentences, at a usual weight"
-echo "decay of 0.01. Does weight decay matter there?"
+echo "decay of 0.01. What does one run tell of its weight decay?"
 # `hf-swd advise` tells from the evaluations whether a run overfits: there are two, the second at the end, on half of the
 # validation sentences to take no longer than one on all of them.
 python examples/comparisons/compare_optimizers.py --task text --seeds 42 --optimizer adams:reference_steps=39 0.01 \
@@ -36,9 +39,12 @@ python examples/comparisons/compare_optimizers.py --task lm --seeds 42 --jobs 2 
 
 cat <<NEXT
 
-Next, the same with your own text in place of YOUR_TEXT.txt, and with three seeds, since one may mislead:
+Next, the same with your own text in place of YOUR_TEXT.txt: decays on both sides of 2, and three seeds, since one may
+mislead (15 runs, about 7 minutes):
 
 source $venv/bin/activate
 python examples/comparisons/compare_optimizers.py --task lm --seeds 0 1 2 --jobs 2 --optimizer adamw 0.1 1 3 \\
     --optimizer adams:reference_steps=100 1 3 --output_dir outputs/mine -- --train_file YOUR_TEXT.txt
+
+And for a Trainer of your own, AdamW's too, the weight decay to try next: hf-swd advise ITS_OUTPUT_FOLDER
 NEXT
