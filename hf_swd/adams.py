@@ -223,7 +223,7 @@ class AdamS(torch.optim.AdamW):
             options.update({key: group[key] for key in ("foreach", "capturable", "differentiable")})
         kernel(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
 
-    def _complete_states(self, gradients: GroupGradients, fused: bool) -> list[dict[str, Any]]:
+    def _complete_states(self, gradients: GroupGradients, fused: bool | None) -> list[dict[str, Any]]:
         """States for parameters that have none, and step counts where the kernel wants them."""
         with_grad = gradients.params
         without_state = [p for p, state in zip(with_grad, gradients.states, strict=True) if not state]
