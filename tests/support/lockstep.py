@@ -600,7 +600,9 @@ class LockStep:
                 replace each parameter's state.
         """
         for group, old in zip(self.groups, saved.raw_groups if raw else saved.state_dict["param_groups"], strict=True):
-            group.update(copy.deepcopy({key: value for key, value in old.items() if key != "params"}))
+            params = group["params"]
+            group.clear()  # what it lacked then, it lacks now
+            group.update(copy.deepcopy({key: value for key, value in old.items() if key != "params"}), params=params)
         self._replaced.update(self.params)
         for p, old in zip(self.params, saved.raw_states, strict=True):
             if in_place:
