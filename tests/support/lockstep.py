@@ -391,6 +391,8 @@ class LockStep:
         for p in self.groups[index]["params"]:
             self._drop(p)
         del self.groups[index], self.reference.groups[index]
+        if not any("schedule_step" in group for group in self.groups):  # all that are left have not made a step
+            self.reference.forget()
         self.shown = False
 
     def clear_groups_and_add_them_anew(self) -> None:
