@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _device_dtype_check_for_fused,
 )
 
-from .core.grad_norm import HALF, by_kind, local_parts, scale_
+from .core.grad_norm import HALF, by_kind, is_dense, local_parts, scale_
 from .core.gradients import GroupGradients
 from .core.group_state import OPTIONS
 from .core.schedule import WeightDecaySchedule
@@ -225,12 +225,13 @@ class AdamS(torch.optim.AdamW):
 
     def _complete_states(self, gradients: GroupGradients, fused: bool | None) -> list[dict[str, Any]]:
         """States for parameters that have none, and step counts where the kernel wants them."""
-        with_grad = gradients.params
-        without_state = [p for p, state in zip(with_grad, gradients.states, strict=True) if not state]
-        new = {**gradients.group, "params": without_state, "fused": fused}
-        # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
-        torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
-        states = [self.state[p] for p in with_grad]
+        with_grad, states = gradients.params, gradients.states
+        without_state = [p for p, state in zip(with_grad, states, strict=True) if not state]
+        if without_state:
+            new = {**gradients.group, "params": without_state, "fused": fused}
+            # Adam's: AdamW inherits it since torch 2.7, and had its own, with another signature, before.
+            torch.optim.Adam._init_group(self, new, *([] for _ in range(6)))  # type: ignore[no-untyped-call]
+            states = [self.state[p] for p in with_grad]
         for p, state in zip(with_grad, states, strict=True):
             if fused and state["step"].device != p.device:  # a loaded step count may be on the host
                 state["step"] = state["step"].to(p.device)
@@ -322,4 +323,4 @@ def _same_layout(p: Tensor, *others: Tensor) -> bool:
     stride = p.stride()
     if any(other.stride() != stride for other in others):
         return False
-    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == stride
+    return is_dense(p)

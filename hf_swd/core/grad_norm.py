@@ -154,7 +154,7 @@ def _power_sums_on_cpu(tensors: list[Tensor], power: int) -> Tensor:
 
 
 def _power_sum_of_long(tensor: Tensor, power: int) -> Tensor:
-    if not _is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
+    if not is_dense(tensor):  # overlapping or gapped memory: copy pieces no larger than a slice
         size = max(1, tensor.shape[0] * _ROW * _SLICE_ROWS // tensor.numel())
         pieces = torch.split(tensor, size)
         return torch.stack([_power_sum_of_long(piece.contiguous(), power) for piece in pieces]).sum()
@@ -191,7 +191,7 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory exactly, each once."""
     return tensor.is_contiguous() or _in_memory_order(tensor).is_contiguous()
 
