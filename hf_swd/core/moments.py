@@ -27,9 +27,9 @@ def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, _ADAMS)
 
 
-def moment_ids(states: Sequence[Mapping[str, Any]]) -> list[int]:
-    """By which replaced moments are noticed, without holding them."""
-    return [id(state.get(_MOMENT)) for state in states]
+def moments_in(states: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Whatever stands where Adam keeps the second moment; `None` if nothing does."""
+    return [state.get(_MOMENT) for state in states]
 
 
 def reading_tolerance(groups: Sequence[GroupGradients]) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .grad_norm import squared_norms
 from .gradients import GradientSource, GroupGradients, with_gradients
-from .moments import keeps_moments, moment_ids, read_moments, reading_tolerance, without_sync
+from .moments import keeps_moments, moments_in, read_moments, reading_tolerance, without_sync
 from .recurrence import Numbers, Reading, StepTotals, recurrence_weights
 from .sharding import Layout, Shard
 
@@ -29,6 +29,8 @@ class _SteppingSet(NamedTuple):
 
     key: tuple[list[Any], ...]
     """By which a change is noticed: `id`s of parameters and moments, and beta2."""
+    referred: list[weakref.ref[Tensor]]
+    """Moments, and beta2 if it is a tensor: as long as they live, no other tensor has their `id`."""
     sizes: Tensor
     """Number of scalars of each that are here, shape `(params,)`."""
     sizes_by_kind: Tensor
@@ -218,18 +220,21 @@ class ParameterGradients(GradientSource):
         """The parameters that step now: the same object as of the last step, if nothing has changed."""
         reads_moments = reads_moments and self._fixed_beta2 is None and keeps_moments(self._optimizer)
         states = [state for group in groups for state in group.states] if reads_moments else []
-        rates = map(self._beta2, groups)
+        moments = moments_in(states)
+        rates = list(map(self._beta2, groups))
         key = (
             [id(p) for group in groups for p in group.params],
-            moment_ids(states),
+            list(map(id, moments)),
             [id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2 in rates],
             [reads_moments, *(group.amsgrad for group in groups)],
         )
-        if self._stepped is not None and self._stepped.key == key:
-            return self._stepped
+        stepped = self._stepped
+        if stepped is not None and stepped.key == key and all(tensor() is not None for tensor in stepped.referred):
+            return stepped
         sizes = torch.tensor([layout.local_size(p) for group in groups for p in group.params], device="cpu").to(like)
         return _SteppingSet(
             key,
+            [weakref.ref(tensor) for tensor in (*moments, *rates) if isinstance(tensor, Tensor)],
             sizes,
             layout.local_sums(sizes.unsqueeze(1), groups),
             reading_tolerance(groups) if reads_moments else None,

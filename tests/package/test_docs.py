@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import hf_swd
+
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(hf_swd.__file__).parents[1]  # the tests of a wheel stand in a folder without it
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -61,7 +64,8 @@ def test_links_and_scripts_exist(path):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
     for script in re.findall(r"\b((?:hf_swd|scripts|examples|tests)/[\w/.-]+\.(?:py|sh|yaml|json))\b", text):
-        assert (ROOT / script).exists(), f"{path.name} names {script}"
+        root = PACKAGE if script.startswith("hf_swd/") else ROOT
+        assert (root / script).exists(), f"{path.name} names {script}"
 
 
 @pytest.mark.parametrize(("place", "example", "arguments"), COMMANDS)

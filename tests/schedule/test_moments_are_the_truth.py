@@ -191,12 +191,15 @@ def there_and_back(run):
 
 
 def scaled_there_and_back(run):
-    """The tensors that come back may be at the addresses of those that went."""
+    """Those that come back are where those that went were: each has the `id` of the one before."""
+    others = [torch.empty(0) for _ in range(10_000)]  # there is hardly another place
     for state in run.state.values():
-        kept = {key: value.numpy().copy() for key, value in state.items()}
-        state.clear()
-        for key, value in kept.items():
-            state[key] = torch.tensor(value * (4.0 if key == "exp_avg_sq" else 1.0))
+        value = state["exp_avg_sq"] * 4.0
+        before = id(state.pop("exp_avg_sq"))
+        while id(new := value.clone()) != before:
+            others.append(new)
+            assert len(others) < 300_000
+        state["exp_avg_sq"] = new
 
 
 def other_moments(run):
