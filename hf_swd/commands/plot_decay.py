@@ -42,11 +42,11 @@ def plot_against_decay(
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
     decays = [setting.weight_decay for setting in settings]
     axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label="mean over the seeds")
+    proposal = advice.proposal
+    best = min(advice.settings, key=lambda setting: setting.loss)
     for setting in advice.settings:
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
-    proposal = advice.proposal
-    best = min(settings, key=lambda setting: setting.loss)
     if proposal.parabola is not None:
         place = decays.index(best.weight_decay)
         left, right = decays[place - 1], decays[place + 1]
@@ -57,7 +57,8 @@ def plot_against_decay(
     verdict, decay = "next", proposal.weight_decay
     if decay is None:
         verdict, decay = "stop here", best.weight_decay
-    axes.axvline(decay, color=COLOURS[2], label=f"{verdict}: {decay:g}")
+    line, place = (axes.axvline, decay) if decay else (axes.axhline, best.mean)
+    line(place, color=COLOURS[2], label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())

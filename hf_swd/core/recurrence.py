@@ -80,10 +80,11 @@ def advance(
     step, mean, reference = before
     old_mean = totals.old_weight * mean
     new_mean = totals.new_weight * totals.squared_norm / totals.num_elements.clamp(min=1)
+    keep = totals.num_elements == 0
     if totals.reading is not None:
         read = totals.reading
         difference = (old_mean - read.old_mean).abs()
-        keeps_recurrence = ~torch.as_tensor(read.is_complete, device=mean.device)
+        keeps_recurrence = keep | ~torch.as_tensor(read.is_complete, device=mean.device)
         if read.tolerance:
             keeps_recurrence = keeps_recurrence | (difference < read.tolerance * read.old_mean)  # finite
             # The mean before this step is set right, too: it stays if the step is skipped, and the next need not read.
@@ -102,7 +103,6 @@ def advance(
         next_reference = torch.where(is_due, after.sqrt(), reference)
     else:
         next_reference = reference
-    keep = totals.num_elements == 0
     if found_inf is not None:
         keep = keep | (found_inf.to(mean.device) > 0)
     return Numbers(

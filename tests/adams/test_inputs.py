@@ -73,6 +73,16 @@ class TestDegenerateInputs:
 
         assert optimizer.grad_rms == 0.0
 
+    @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+    @every_path
+    def test_gradient_of_nothing_but_empty_parameters_is_no_step(self, path, amsgrad):
+        pair = LockStep([{"params": parameters(((0,), (3,)))}], path=path, amsgrad=amsgrad, reference_steps=4)
+        for _ in range(4):
+            pair.run(2)
+            before = pair.optimizer.grad_rms, pair.optimizer.schedule.step_count
+            pair.run(1, missing=lambda i, step: i == 1)
+            assert (pair.optimizer.grad_rms, pair.optimizer.schedule.step_count) == before
+
     @every_path
     def test_no_gradient_at_all_is_no_step(self, path):
         pair = LockStep(path=path, reference_steps=3)

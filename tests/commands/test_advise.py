@@ -394,5 +394,9 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
         assert any(x == pytest.approx(decay) and y == pytest.approx(loss) for x, y in lines["parabola"])
     assert min(y for _, y in lines["parabola"]) < 1.9
+    folders = [str(folder) for folder in grid(tmp_path / "none", {0.0: 1.9, 0.5: 2.0, 2.0: 2.1})]
+    assert main(["plot", *folders, "--against", "weight_decay"]) == 0
+    (stop,) = (line for line in drawn[1].axes[0].lines if "stop here" in line.get_label())
+    assert stop.get_label() == "stop here: 0" and [*stop.get_ydata()] == [1.9, 1.9]
     assert main(["plot", str(write(tmp_path / "blind", [], **ADAMW)), "--against", "weight_decay"]) == 1
     assert "no run has an evaluation" in capsys.readouterr().err

@@ -96,8 +96,15 @@ class ReferenceAdamS:
         present = self._update_moments(gradients)
         if not present:
             return
+        if any(p.numel() for _, p, _ in present):  # there is no mean over nothing
+            self._advance(present, unclipped or gradients, mean)
+        for group in self.groups:
+            group["decay"] = self._decay(group)
+        self._update_weights(present, [group["decay"] for group, _, _ in present])
+
+    def _advance(self, present: list[tuple[dict, Tensor, dict]], unclipped: Sequence, mean: float | None) -> None:
         if self.unclipped_norm:
-            mean = self._mean_before_clipping(unclipped or gradients)
+            mean = self._mean_before_clipping(unclipped)
         else:
             self._take_over(present)
             mean = self._mean_of_moments(present) if mean is None else mean
@@ -106,9 +113,6 @@ class ReferenceAdamS:
             self.steps += 1
             if self.steps >= self.reference_steps > 0 and self.reference_rms == 0 and isfinite(self.grad_rms):
                 self.reference_rms = self.grad_rms
-        for group in self.groups:
-            group["decay"] = self._decay(group)
-        self._update_weights(present, [group["decay"] for group, _, _ in present])
 
     def adamw_step(self, gradients: Sequence[Sequence[Tensor | None]]) -> None:
         """One step of AdamW with the constant decay `weight_decay`, of which the schedule learns nothing but the
@@ -153,7 +157,7 @@ class ReferenceAdamS:
             / (1 - group["betas"][1] ** s["t"])
             for group, _, s in present
         )
-        return sum(sums) / count if count else 0.0
+        return sum(sums) / count
 
     def _mean_before_clipping(self, unclipped: Sequence) -> float:
         pairs = [
@@ -163,7 +167,7 @@ class ReferenceAdamS:
             if g is not None
         ]
         beta2, t = pairs[0][0], self.steps + 1
-        new = sum(g.square().sum().item() for _, g in pairs) / max(sum(g.numel() for _, g in pairs), 1)
+        new = sum(g.square().sum().item() for _, g in pairs) / sum(g.numel() for _, g in pairs)
         return (beta2 * (1 - beta2 ** (t - 1)) * self.v_bar + (1 - beta2) * new) / (1 - beta2**t)
 
     def _update_weights(self, present: list[tuple[dict, Tensor, dict]], decays: Sequence[float]) -> None:
