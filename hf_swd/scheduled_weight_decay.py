@@ -28,8 +28,8 @@ class ScheduledWeightDecay(WeightDecaySchedule):
     user's value is kept in `group["initial_weight_decay"]`; a value assigned to `group["weight_decay"]` between steps
     becomes the user's value. The state of the schedule is part of the optimizer's own `state_dict()`.
 
-    On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] does
-    not). A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
+    On an accelerator the host waits once a step for the decay, since optimizers take it as a number ([`AdamS`] and
+    torchao's do not). A copy of the optimizer (`copy.deepcopy`, pickle) has no schedule: attach one to it.
 
     Args:
         optimizer (`torch.optim.Optimizer`): AdamW, NAdam or RAdam with `decoupled_weight_decay=True`, 8-bit AdamW,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def drive(schedule: WeightDecaySchedule) -> None:
     """Have every `step()` of the schedule's optimizer begin and end one of the schedule's."""
-    schedule.decay_writer.on_host = True  # optimizers take the decay as a number
+    schedule.decay_writer.on_host = not _compiles_its_step(schedule.optimizer)
 
     def begin() -> None:
         step = schedule.begin_step()
@@ -39,6 +39,11 @@ def drive(schedule: WeightDecaySchedule) -> None:
     # Whoever saves the state in a hook of his own saves what belongs to the moments that are there.
     optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
     schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), first]
+
+
+def _compiles_its_step(optimizer: Optimizer) -> bool:
+    """torchao's do, anew for every other number: they get the decay as a tensor. Others take it as a number."""
+    return any(cls.__module__.startswith("torchao.") for cls in type(optimizer).__mro__)
 
 
 def _followed_once(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:

@@ -379,7 +379,30 @@ def test_amsgrad_in_float16_whose_moments_underflow(owner, path):
 
 
 # torchao's step goes through torch.compile.
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
+
+
+@needs_compiler
+def test_step_of_torchao_is_compiled_once():
+    """Not for each decay anew."""
+    pytest.importorskip("torchao")
+    from torchao.optim import AdamW8bit
+
+    weight = Parameter(torch.randn(64, 128))
+    optimizer = AdamW8bit([weight], lr=1e-2, weight_decay=1e-2)
+    schedule, decays = ScheduledWeightDecay(optimizer), []
+    with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
+        warnings.simplefilter("ignore")
+        for number in range(4):
+            weight.grad = torch.randn(weight.shape) * (0.1 + number)
+            optimizer.step()
+            decays.append(float(optimizer.param_groups[0]["weight_decay"]))
+    assert decays[-1] == pytest.approx(1e-2 / schedule.grad_rms) and len(set(decays)) == 4
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 def test_low_bit_adamw_of_torchao_resumes_exactly(name):
     """Whose moments are quantised: the schedule's number is its own truth."""
