@@ -57,8 +57,8 @@ def plot_against_decay(
     verdict, decay = "next", proposal.weight_decay
     if decay is None:
         verdict, decay = "stop here", best.weight_decay
-    line, place = (axes.axvline, decay) if decay else (axes.axhline, best.mean)
-    line(place, color=COLOURS[2], label=f"{verdict}: {decay:g}")
+    draw, value = (axes.axvline, decay) if decay else (axes.axhline, best.mean)
+    draw(value, color=COLOURS[2], label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())

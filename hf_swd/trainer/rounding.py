@@ -24,12 +24,14 @@ def decay_lost_to_rounding(optimizer: torch.optim.Optimizer) -> float | None:
     and lose more). The mean over decayed elements, weighted by their squares as the decay itself is.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): an Adam that has made a step.
+        optimizer (`torch.optim.Optimizer`): has made a step.
 
     Returns:
-        `float`, *optional*: `None` if no decayed parameter has fewer digits than float32. It may be a little below 0,
-        since it is measured on a sample.
+        `float`, *optional*: `None` if no decayed parameter has fewer digits than float32, and for others than torch's
+        AdamW and AdamS, which may round otherwise. It may be a little below 0, since it is measured on a sample.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return None
     kept = whole = 0.0
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["weight_decay"] and group["lr"] else ():

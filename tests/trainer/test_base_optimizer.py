@@ -51,7 +51,15 @@ def settings(tmp_path: Path, base: str, extra: str = "", **changes) -> TrainingA
     return arguments(tmp_path, optim_args=optim_args, **changes)
 
 
-def train(tmp_path: Path, base: str, extra: str = "", trainer_class=Trainer, resume: str | None = None, **changes):
+def train(
+    tmp_path: Path,
+    base: str,
+    extra: str = "",
+    trainer_class=Trainer,
+    resume: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes,
+):
     if base not in [name.value for name in OptimizerNames]:
         pytest.skip(f"transformers {transformers.__version__} has no {base}")
     for part, package in PACKAGES.items():
@@ -59,7 +67,7 @@ def train(tmp_path: Path, base: str, extra: str = "", trainer_class=Trainer, res
             pytest.importorskip(package)
     recorder = Recorder()
     args = settings(tmp_path, base, extra, **changes)
-    trainer = trainer_class(tiny_bert(), args, train_dataset=sentences(), callbacks=[recorder])
+    trainer = trainer_class(tiny_bert().to(dtype), args, train_dataset=sentences(), callbacks=[recorder])
     trainer.train(resume_from_checkpoint=resume)
     return trainer, recorder
 
@@ -129,6 +137,16 @@ def test_weights_are_those_of_the_base_with_the_decay_set_by_hand(tmp_path, base
     assert logged == pytest.approx(decays, rel=1e-6)
     assert abs(decays[-1] / WEIGHT_DECAY - 1) > 1e-3
     torch.testing.assert_close(weights(trainer), by_hand(tmp_path, base, recorder, decays), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("base", [*BASES, "adafactor"])
+def test_weights_in_bfloat16(tmp_path, base, caplog):
+    """Of what rounding takes from the decay something is said only where that is known."""
+    extra = {"adafactor": ",schedule_beta2=0.999"}.get(base, "")
+    extra += ",bf16_stochastic_round=true" if base.startswith("adamw_torch_") and base.endswith("bit") else ""
+    trainer, _ = train(tmp_path, base, extra, dtype=torch.bfloat16, learning_rate=2e-5)
+    assert schedule_of(trainer.optimizer).step_count == STEPS
+    assert ("rounding swallows" in caplog.text) == (base in ("adamw_torch", "adamw_torch_fused"))
 
 
 # GrokAdamW's own resumed run differs.
