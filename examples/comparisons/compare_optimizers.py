@@ -108,7 +108,8 @@ class Run:
 def command_of(run: Run, task: Task, script_arguments: list[str]) -> list[str]:
     name, _, optim_args = run.optimizer.partition(":")
     return [
-        *(["comparisons/other_decays.py", str(EXAMPLES / task.script)] if name == "decay" else [task.script]),
+        *(["comparisons/other_decays.py"] if name == "decay" else []),
+        task.script,
         *SHARED,
         *([] if SOURCES.intersection(argument.partition("=")[0] for argument in script_arguments) else ["--embedded"]),
         *task.settings.split(),

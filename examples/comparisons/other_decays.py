@@ -1,6 +1,6 @@
 """Runs an example script with forms of weight decay that the package does not have, to compare them.
 
-    python examples/comparisons/other_decays.py examples/language_modeling/run_clm.py --optim adamw_torch_fused \\
+    python examples/comparisons/other_decays.py language_modeling/run_clm.py --optim adamw_torch_fused \\
         --optim_args "power=-0.5,reference_steps=100" --weight_decay 2 ...
 
 and, over weight decays and seeds, through `compare_optimizers.py --optimizer decay:power=-0.5,reference_steps=100 2`.
@@ -103,7 +103,8 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if the script had been started by itself
+    # As if the script had been started by itself; its path is one in examples/.
+    sys.argv[:2] = [str(Path(__file__).resolve().parents[1] / sys.argv[1])]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
     install()
     runpy.run_path(sys.argv[0], run_name="__main__")
