@@ -97,6 +97,7 @@ class ScheduledWeightDecay(WeightDecaySchedule):
             remove(group)
         for key in OPTIONS:
             optimizer.defaults.pop(key, None)
+        optimizer.__dict__.pop("load_state_dict", None)  # see drive
         del optimizer.__dict__["_decay_schedule"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +133,11 @@ def _check_decoupled(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if "weight_decay" not in group:
             raise ValueError(f"optimizer={name}: its parameter groups have no weight_decay to schedule")
+        if group.get("lr", 0.0) is None:
+            raise ValueError(
+                f"optimizer={name}: its learning rate is not in its parameter groups (lr=None), and the decay of a "
+                "step is kept below 1/lr: give it a learning rate (Adafactor: relative_step=False)"
+            )
         if group.get("decouple_lr"):
             raise ValueError(
                 f"optimizer={name}: with decouple_lr=True its decay per step is not lr * weight_decay, which "

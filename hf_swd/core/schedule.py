@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ class WeightDecaySchedule(group_state.GroupValues):
         group_state.complete(optimizer.param_groups, optimizer.defaults)
         self.hooks = [
             optimizer.register_state_dict_post_hook(lambda _, state_dict: self.as_saved(state_dict)),
-            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self._adapt(state_dict)),
+            optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: self.adapted(state_dict)),
             optimizer.register_load_state_dict_post_hook(lambda _: self.loaded()),
         ]
         """Handles of the hooks on the optimizer."""
@@ -150,8 +151,9 @@ class WeightDecaySchedule(group_state.GroupValues):
     @torch.no_grad()
     def clip_in_step(self, max_norm: float) -> Tensor:
         """[`clip_grad_norm_`] that leaves the scaling to the step, for a caller who goes on to `step()` before anyone
-        can look at a gradient. [`forget_clipping`] takes it back."""
+        can look at a gradient; the option `max_grad_norm` holds as well. [`forget_clipping`] takes it back."""
         check_options({"max_norm": max_norm})
+        max_norm = min(max_norm, self.max_grad_norm or math.inf)
         self._grad_norm = torch.zeros((), device="cpu")  # where there is no gradient at all
         self._measured = self._measure(with_gradients(self.optimizer), max_norm)
         return self._grad_norm.float()
@@ -238,7 +240,8 @@ class WeightDecaySchedule(group_state.GroupValues):
         groups = group_state.as_saved(state_dict["param_groups"], self.optimizer.defaults)
         return {**state_dict, "param_groups": groups}
 
-    def _adapt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A `state_dict` as the optimizer is to load it; [`loaded`] must follow."""
         groups = group_state.adapted_for_loading(self.groups, state_dict["param_groups"], self.optimizer.defaults)
         return {"state": group_state.adapted_state(state_dict["state"]), "param_groups": groups}
 

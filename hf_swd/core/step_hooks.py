@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from .grad_norm import scale_
 from .schedule import WeightDecaySchedule
 
@@ -16,11 +19,21 @@ if TYPE_CHECKING:
 def drive(schedule: WeightDecaySchedule) -> None:
     """Have every `step()` of the schedule's optimizer begin and end one of the schedule's."""
     schedule.decay_writer.on_host = not _compiles_its_step(schedule.optimizer)
+    begun: list[tuple[Tensor, int]] | None = None
+    """Gradients of a step that has begun and not ended, and their versions."""
 
     def begin() -> None:
+        # torch calls the hooks twice if the `step` of a subclass calls that of its base, and a step that raised may be
+        # made again: these gradients have been measured, and clipped.
+        nonlocal begun
+        grads = [p.grad for group in schedule.groups for p in group["params"] if p.grad is not None]
+        if begun is not None and len(begun) == len(grads):
+            if all(now is grad and now._version == version for now, (grad, version) in zip(grads, begun, strict=True)):
+                return
         step = schedule.begin_step()
         if step.clip is not None:
             scale_([grad for group in step.groups for grad in group.grads], step.clip)
+        begun = [(grad, grad._version) for group in step.groups for grad in group.grads]
 
     def pre_hook(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -32,13 +45,37 @@ def drive(schedule: WeightDecaySchedule) -> None:
         return (optimizer,), {**kwargs, "closure": _followed_once(closure, begin)}
 
     def post_hook(*_: Any) -> None:
-        schedule.end_step()
+        nonlocal begun
+        if begun is not None:
+            begun = None
+            schedule.end_step()
 
     optimizer = schedule.optimizer
     first = optimizer.register_step_post_hook(post_hook)
     # Whoever saves the state in a hook of his own saves what belongs to the moments that are there.
     optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
     schedule.hooks += [optimizer.register_step_pre_hook(pre_hook), first]
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        _load_with_hooks(schedule)
+
+
+def begin_last(optimizer: Optimizer) -> None:
+    """Before any of its hooks: have the schedule's come after those that change gradients."""
+    hooks = optimizer._optimizer_step_pre_hooks
+    for number in [number for number, hook in hooks.items() if hook.__module__ == __name__]:
+        hooks.move_to_end(number)  # type: ignore[attr-defined]
+
+
+def _load_with_hooks(schedule: WeightDecaySchedule) -> None:
+    """An optimizer's own `load_state_dict` may call no hooks (that of bitsandbytes does not). Twice does no harm."""
+    optimizer = schedule.optimizer
+    load: Any = type(optimizer).load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        load(schedule.optimizer, schedule.adapted(state_dict), *args, **kwargs)
+        schedule.loaded()
+
+    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def _compiles_its_step(optimizer: Optimizer) -> bool:

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 def unwrapped(optimizer: Any) -> Iterator[Any]:
     """`optimizer`, what it wraps, and so on inwards: each object once, since some optimizers call themselves
-    `self.optimizer`."""
+    `self.optimizer`, and optimizers only, since others keep a list or a name there."""
     seen: set[int] = set()
-    while optimizer is not None and id(optimizer) not in seen:
+    while id(optimizer) not in seen:
         seen.add(id(optimizer))
         yield optimizer
-        optimizer = getattr(optimizer, "__dict__", {}).get("optimizer")
+        inner = getattr(optimizer, "__dict__", {}).get("optimizer")
+        if not hasattr(inner, "param_groups") or isinstance(inner, type):
+            return
+        optimizer = inner
 
 
 def schedule_of(optimizer: Any) -> WeightDecaySchedule | None:

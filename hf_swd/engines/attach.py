@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.parameter_gradients import ParameterGradients
 from ..core.schedule import WeightDecaySchedule
+from ..core.step_hooks import begin_last
 from ..core.wrappers import schedule_of
 from .fsdp1 import fsdp1_shards, is_fsdp1_shard
 from .refusals import (
@@ -97,6 +98,7 @@ def _before_any_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, An
         refuse_replacement(optimizer)
         return
     refuse_step_in_backward()
+    begin_last(optimizer)
     if schedule not in _seen_whole:
         _before_first_step(optimizer, schedule)
 

@@ -87,6 +87,10 @@ def scheduled_base(
             super().__init__(*args, **kwargs)
             ScheduledWeightDecay(self, beta2=beta2, **options)
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            # A copy has no schedule; and pickle finds the class.
+            return object.__new__, (base,), self.__getstate__()
+
     # The Trainer knows bitsandbytes' optimizers by their printed names.
     Scheduled.__module__, Scheduled.__name__, Scheduled.__qualname__ = (
         base.__module__,

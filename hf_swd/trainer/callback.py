@@ -75,7 +75,7 @@ class SWDCallback(TrainerCallback):
         schedule = schedule_of(optimizer)
         if schedule is None or not logs or "loss" not in logs or _DECAY_KEY in logs:
             return
-        values = {_DECAY_KEY: watch.largest(optimizer, "weight_decay"), _RMS_KEY: schedule.grad_rms}
+        values = {_DECAY_KEY: watch.largest(optimizer, "scheduled_weight_decay"), _RMS_KEY: schedule.grad_rms}
         logs.update(values)  # all callbacks get this very dict, the history has a copy of it
         if (
             state.log_history

@@ -45,7 +45,7 @@ def decay_lost_to_rounding(optimizer: torch.optim.Optimizer) -> float | None:
 def rounding_warning(optimizer: torch.optim.Optimizer) -> str | None:
     """What to warn of, with its remedy; `None` if rounding takes less than a tenth of the decay."""
     lost = decay_lost_to_rounding(optimizer)
-    if lost is None or lost < _TOLERATED:
+    if lost is None or not lost >= _TOLERATED:  # NaN, as the weights
         return None
     return (
         f"rounding swallows {100 * min(lost, 1.0):.0f} % of the weight decay: the weights have few digits, and a step "

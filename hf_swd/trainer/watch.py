@@ -179,11 +179,13 @@ def _check_loaded_options(watch: _Watch, optimizer: Any) -> None:
 def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, step: int) -> None:
     if not watch.looks_for("large decay"):
         return
-    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]) * float(group["weight_decay"]))
-    lr, decay, rms = float(group["lr"]), float(group["weight_decay"]), schedule.grad_rms
-    user_decay = group["initial_weight_decay"]
-    if rms <= 0:
+    # Groups may be new, and have another `weight_decay`, since the step.
+    groups = [group for group in optimizer.param_groups if "scheduled_weight_decay" in group]
+    rms = schedule.grad_rms
+    if rms <= 0 or not groups:
         return
+    group = max(groups, key=lambda group: float(group["lr"]) * float(group["scheduled_weight_decay"]))
+    lr, decay, user_decay = (float(group[key]) for key in ("lr", "scheduled_weight_decay", "initial_weight_decay"))
     if lr * decay > _LARGE_DECAY:
         if schedule.reference_steps:
             remedy = f" ({_LARGE_DECAY / (lr * decay) * user_decay:.2g} would take 1 %)"

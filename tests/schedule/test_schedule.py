@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lockstep import HYPER, LockStep, assert_close, parameters
+from lockstep import HYPER, LockStep, OutOfMemory, assert_close, parameters
 from reference_adams import ReferenceAdamS
 from torch.nn import Parameter
 
@@ -445,3 +445,70 @@ class TestScheduleOf:
         adams = AdamS([Parameter(torch.ones(2))])
         assert schedule_of(Wrapper(Wrapper(adams))) is adams.schedule
         assert schedule_of(Wrapper(None)) is None
+
+
+class CallsItsBase(torch.optim.AdamW):
+    """torch calls the hooks of such a step twice, once anyone has built an AdamW."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("unclipped", [False, True], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize("make", [CallsItsBase, "raises once"])
+def test_gradients_of_a_step_are_taken_in_once(make, unclipped):
+    def trained(make):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = (make if isinstance(make, type) else torch.optim.AdamW)(layer.parameters(), weight_decay=0.1)
+        ScheduledWeightDecay(optimizer, max_grad_norm=0.1, unclipped_norm=unclipped)
+        decays = []
+        for number in range(4):
+            optimizer.zero_grad()
+            layer(torch.randn(8, 4)).square().sum().backward()
+            if make == "raises once" and number == 2:
+                with OutOfMemory(optimizer, None), pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+            optimizer.step()
+            decays.append(optimizer.param_groups[0]["weight_decay"])
+        return decays, [p.detach() for p in layer.parameters()]
+
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    decays, weights = trained(make)
+    expected_decays, expected = trained(torch.optim.AdamW)
+    assert decays == expected_decays and all(map(torch.equal, weights, expected))
+
+
+def test_gradients_that_go_on_after_a_step_that_raised_are_measured_anew():
+    def trained(raises):
+        weight = Parameter(torch.ones(5))
+        optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
+        schedule = ScheduledWeightDecay(optimizer)
+        for number in range(3):
+            weight.grad = torch.full_like(weight, 0.5)
+            if raises and number == 1:
+                with OutOfMemory(optimizer, None), pytest.raises(torch.OutOfMemoryError):
+                    optimizer.step()
+            weight.grad += 1.0
+            optimizer.step()
+        return schedule.grad_rms
+
+    assert trained(True) == trained(False)
+
+
+@pytest.mark.parametrize("first", ["hook", "schedule"])
+def test_hooks_that_change_gradients_come_before_the_schedule(first):
+    def clip(optimizer, *_):
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1e-3)
+
+    weight = Parameter(torch.ones(5))
+    optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
+    if first == "hook":
+        optimizer.register_step_pre_hook(clip)
+    schedule = ScheduledWeightDecay(optimizer)
+    if first == "schedule":
+        optimizer.register_step_pre_hook(clip)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert schedule.grad_rms == pytest.approx(1e-3 / math.sqrt(5), rel=1e-2)

@@ -69,3 +69,14 @@ def test_attach_to_an_optimizer_of_another_model():
         attach(optimizer, other)
     other.requires_grad_(False)  # a model that trains nothing tells nothing
     assert attach(optimizer, other) is attach(optimizer, model) is optimizer.schedule
+
+
+@pytest.mark.parametrize("kept", ["a list", "a name", "a class"])
+def test_what_others_keep_under_that_name_is_no_optimizer(kept):
+    p = Parameter(torch.ones(3))
+    foreign = torch.optim.AdamW([p], lr=0.1)
+    foreign.optimizer = {"a list": [torch.optim.AdamW([p])], "a name": "adamw", "a class": torch.optim.AdamW}[kept]
+    assert list(unwrapped(foreign)) == [foreign]
+    schedule = ScheduledWeightDecay(foreign)
+    stepped(foreign, p)
+    assert schedule.step_count == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -46,9 +47,14 @@ PACKAGES = {
 
 
 def settings(tmp_path: Path, base: str, extra: str = "", **changes) -> TrainingArguments:
-    optim_args = f"base={base},reference_steps={K}{extra}"
-    changes = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": 0.7, "max_steps": STEPS, **changes}
-    return arguments(tmp_path, optim_args=optim_args, **changes)
+    changes = {
+        "optim_args": f"base={base},reference_steps={K}{extra}",
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": 0.7,
+        "max_steps": STEPS,
+        **changes,
+    }
+    return arguments(tmp_path, **changes)
 
 
 def train(
@@ -238,6 +244,7 @@ class _Other(torch.optim.SGD):
         ({}, {"weight_decouple": False}, "L2 penalty"),  # pytorch_optimizer
         ({}, {"decouple_wd": False}, "L2 penalty"),  # optimi
         ({}, {"decouple_lr": True}, "use decouple_lr=False"),
+        ({}, {"lr": None}, "relative_step=False"),  # transformers' Adafactor
         ({"optim_dict": {}}, {}, "CPUOffloadOptimizer"),
     ],
 )
@@ -254,3 +261,28 @@ def test_real_optimizers_with_coupled_decay_are_refused():
     for optimizer in (torchao.Adam8bit(params), bitsandbytes.optim.RMSprop8bit(params)):
         with pytest.raises(ValueError, match="L2 penalty"):
             ScheduledWeightDecay(optimizer, beta2=0.9)
+
+
+@pytest.mark.parametrize("base", ["adamw_torch", "adamw_bnb_8bit", "schedule_free_adamw"])
+def test_checkpoint_of_the_base_alone_leaves_the_decay_that_was_asked_for(tmp_path, base, caplog):
+    """bitsandbytes loads without torch's hooks."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    train(tmp_path, base, optim=base, optim_args=None, weight_decay=0.01, max_steps=3, **saving)
+    trainer, _ = train(tmp_path, base, resume=str(tmp_path / "checkpoint-3"), **saving)
+    assert {group["initial_weight_decay"] for group in trainer.optimizer.param_groups} == {WEIGHT_DECAY, 0.0}
+    assert "in every parameter group" not in caplog.text
+    optimizer = trainer.optimizer.optimizer
+    schedule_of(optimizer).remove()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not any("schedule_step" in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("base", ["adamw_torch", "adamw_bnb_8bit"])
+def test_optimizer_of_a_trainer_can_be_saved_whole(tmp_path, base):
+    """Without its schedule, as any copy."""
+    trainer, _ = train(tmp_path, base)
+    optimizer = trainer.optimizer.optimizer
+    torch.save(optimizer, tmp_path / "optimizer.pt")
+    for copied in (torch.load(tmp_path / "optimizer.pt", weights_only=False), copy.deepcopy(optimizer)):
+        assert type(copied).__name__ == type(optimizer).__name__ and schedule_of(copied) is None
+        assert len(copied.state) == len(optimizer.state)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
-from hf_swd import SWDTrainer
+from hf_swd import ScheduledWeightDecay, SWDTrainer, create_adams
 from hf_swd.core.schedule import WeightDecaySchedule
 
 
@@ -492,3 +492,22 @@ def test_moments_that_are_offloaded_between_steps(tmp_path, unclipped):
 @pytest.mark.parametrize("max_grad_norm", [numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1), 1], ids=repr)
 def test_max_grad_norm_of_any_type_of_number(tmp_path, max_grad_norm):
     judged(tmp_path, steps=2, max_grad_norm=max_grad_norm)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+@pytest.mark.parametrize("hook", [None, OptimizersHook], ids=["nobody-looks", "looks"])
+@pytest.mark.parametrize("kind", ["adams", "scheduled"])
+def test_optimizers_own_clipping_holds_in_a_trainer(tmp_path, kind, hook, max_grad_norm):
+    """Beside one that clips to more, or only measures."""
+    model = tiny_bert()
+    if kind == "adams":
+        optimizer = create_adams(model, lr=1e-3, weight_decay=0.01, max_grad_norm=0.01)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        ScheduledWeightDecay(optimizer, max_grad_norm=0.01)
+    callbacks = [] if hook is None else [hook(lambda model: None)]
+    settings = arguments(tmp_path, max_grad_norm=max_grad_norm, max_steps=1)
+    kwargs = {"train_dataset": sentences(), "optimizers": (optimizer, None), "callbacks": callbacks}
+    Trainer(model, settings, **kwargs).train()
+    first = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
+    assert first.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)

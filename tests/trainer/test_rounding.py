@@ -58,3 +58,11 @@ def test_warning_names_the_share_and_the_remedy(lr, dtype, warns):
     assert (text is not None) == warns
     if warns:
         assert "rounding swallows 100 % of the weight decay" in text and 'dtype="float32"' in text
+
+
+def test_nothing_is_said_of_weights_that_are_not_numbers():
+    weight = torch.nn.Parameter(torch.full((10, 10), torch.nan, dtype=torch.float16))
+    optimizer = AdamS([weight], lr=1e-4, weight_decay=0.1, reference_steps=20)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert rounding_warning(optimizer) is None

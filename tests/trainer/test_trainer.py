@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hf_utils import arguments, distance, flat, sentences, tiny_bert, train
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
@@ -626,6 +627,55 @@ def test_a_decay_of_many_times_weight_decay_is_said(tmp_path, caplog, optim_args
         assert first[DECAY] > 100 * weight_decay
         times = f"{first[DECAY]:.3g}, {first[DECAY] / weight_decay:.0f} times weight_decay=0.01"
         assert f"the effective decay at step 1 is {times}" in found[0] and said in found[0]
+
+
+def after_step(change):
+    """A callback that changes the optimizer between a step and its log."""
+
+    class Changes(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            change(optimizer, state.global_step)
+
+    return Changes()
+
+
+def assign(value):
+    def change(optimizer, step):
+        optimizer.param_groups[0]["weight_decay"] = value(step)
+
+    return change
+
+
+def add_group(optimizer, step):
+    if step == 2:
+        optimizer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], "weight_decay": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "weight_decay"),
+    [
+        pytest.param(assign(lambda step: 0.01 * step), 0.0, id="decay-begins-later"),
+        pytest.param(assign(lambda step: 0.05), 1e-4, id="raised"),
+        pytest.param(add_group, 0.01, id="new-group"),
+    ],
+)
+def test_log_and_warnings_speak_of_the_step_that_was_made(tmp_path, caplog, change, weight_decay):
+    used = []
+    handle = register_optimizer_step_post_hook(
+        lambda optimizer, *_: used.append(max(float(group["weight_decay"]) for group in optimizer.param_groups))
+    )
+    model = tiny_bert()
+    args = arguments(tmp_path, weight_decay=weight_decay, max_steps=5, logging_steps=1)
+    optimizer = create_adams(model, lr=1e-3, weight_decay=weight_decay, reference_steps=2)
+    constant = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 1.0)
+    kwargs = {"train_dataset": sentences(), "optimizers": (optimizer, constant), "callbacks": [after_step(change)]}
+    trainer = Trainer(model, args, **kwargs)
+    try:
+        trainer.train()
+    finally:
+        handle.remove()
+    assert [log[DECAY] for log in training_logs(trainer)] == pytest.approx(used)
+    assert not [message for message in messages(caplog) if "times weight_decay" in message]
 
 
 def small_gradients():
