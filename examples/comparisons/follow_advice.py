@@ -113,7 +113,8 @@ def read_grids() -> list[Grid]:
         with file.open() as opened:
             for row in csv.DictReader(opened):
                 decay = float(row["weight_decay"])
-                if "eval_loss" in row and decay > 0:
+                # Files of further runs have a task, and no whole grid.
+                if "eval_loss" in row and decay > 0 and "task" not in row:
                     rows[row.get("setting") or file.stem, row["optimizer"]][decay].append(row)
     grids = [read_grid(*name, by_decay) for name, by_decay in rows.items() if len(by_decay) > 2]
     # Where the strongest decay is the best, nothing is known of stronger ones.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .forecast import CONSTANTS, Proposal, Tried, propose
+from .forecast import CONSTANTS, Proposal, Tried, propose, rounded
 from .run_log import Run, read_run
 
 
@@ -25,9 +25,12 @@ _IRRELEVANT = tuple(
     "include_ skip_memory restore debug distributed_state deepspeed_plugin fsdp_plugin prediction_loss batch_eval "
     "remove_unused _".split()
 )
-_LESS_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")  # ends of names of metrics
+# Ends of names of metrics.
+_LESS_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "bpc", "bpb", "error", "wer", "cer", "mse", "mae")
+_NO_METRICS = ("_runtime", "_per_second", "_time")
 _DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
+_MOST_IN_A_STEP = 0.1  # of the weights: more than twice what was best anywhere
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,15 @@ class Metric:
     def of(self, run: Run) -> float:
         """NaN where it was not logged."""
         values = [value for _, value in run.evaluated(self.key)]
-        if not values:
-            return math.nan
-        return float((max if self.greater_is_better else min)(values) if self.at_best else values[-1])
+        if self.at_best:
+            finite = filter(math.isfinite, values)
+            return float((max if self.greater_is_better else min)(finite, default=math.nan))
+        return float(values[-1]) if values else math.nan
+
+    @property
+    def loss(self) -> str:
+        """The loss by which overfitting is told."""
+        return self.key if self.key.endswith("loss") else "eval_loss"
 
 
 @dataclass(frozen=True)
@@ -97,14 +106,15 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     judge = _metric(same[0], metric)
     settings = _settings(same, judge)
     judged = [run for setting in settings for run in setting.runs]
-    broken = [f"{run.path}: NaN or infinite from step {run.broken_from} on." for run in same if run.broken_from]
-    lines = [_head(judged or same), *broken, *left_out]
+    lines = [_head(judged or same), *map(_broken, filter(lambda run: run.broken, same)), *left_out]
     if metric and all(math.isnan(judge.of(run)) for run in same):
         known = ", ".join(_keys(same)) or "no evaluation"
         raise ValueError(f"metric={metric!r}: no run has it; they have {known}")
     if not settings:
         shown = same[-1]
-        why = "No weight decay can be judged: no evaluation with a known weight_decay is in the log (eval_strategy)."
+        keys = [key for key in _keys(same) if not key.endswith(_NO_METRICS)]
+        remedy = f"--metric takes {', '.join(keys)}" if keys else "eval_strategy"
+        why = f"No weight decay can be judged: the log has no {judge.key} of a known weight_decay ({remedy})."
         return Advice([*lines, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)], judge, [], None)
     lost = f"no finite {judge.key}, or no known weight_decay"
     lines += [_left_out(run, lost) for run in same if run not in judged]
@@ -112,11 +122,12 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     shown = best.runs[0]
     deviation, source = _noise(settings)
     noise = deviation / math.sqrt(len(best.values))
-    proposal = _propose(settings, best, noise)
+    diverged = [run.weight_decay for run in same if run not in judged and run.weight_decay and _is_broken(run, judge)]
+    proposal = _within_reach(_propose(settings, best, noise, judge.loss), best, diverged)
     if len(judged) > 1:
         lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
-    lines += [*_fit_of(shown), *_decay_of(shown), *_conclusion(proposal, best, noise)]
+    lines += [*_fit_of(shown, judge.loss), *_decay_of(shown), *_conclusion(proposal, best, noise)]
     chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
     return Advice([*lines, _arguments(shown, chosen)], judge, settings, proposal)
 
@@ -134,6 +145,9 @@ def _read(path: Path) -> Run:
 def _alike(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """The largest set of runs that differ in weight decay and seed at most, and what is said of the others."""
     traits = [_traits(run) for run in runs]
+    if not all(run.dtypes for run in runs):  # not everyone keeps the weights
+        for trait in traits:
+            trait.pop("saved parameters")
     ((usual, _),) = Counter(frozenset(trait.items()) for trait in traits).most_common(1)
     reference = dict(usual)
     same: dict[Any, Run] = {}
@@ -160,16 +174,22 @@ def _traits(run: Run) -> dict[str, str]:
     """What runs must have in common."""
     epochs = run.epochs and f"{run.epochs:.3g}"
     traits = {"steps": run.last_step, "epochs": epochs, "saved parameters": sum(run.dtypes.values())}
+    if run.arguments.get("load_best_model_at_end") is True:  # each may stop early, at a step of its own
+        traits |= {"steps": run.planned_steps, "epochs": None}
     traits |= {name: value for name, value in run.arguments.items() if not name.startswith(_IRRELEVANT)}
     return {name: str(getattr(value, "args", value)) for name, value in traits.items() if value is not None}
 
 
 def _metric(run: Run, name: str | None) -> Metric:
     at_best = run.arguments.get("load_best_model_at_end") is True
-    own = str(run.arguments.get("metric_for_best_model") or "loss") if at_best else "loss"
-    own, key = (text if text.startswith("eval_") else f"eval_{text}" for text in (own, name or own))
-    greater = run.arguments.get("greater_is_better") if at_best and key == own else None
+    own = str(run.arguments.get("metric_for_best_model") or "loss")
+    own, key = (_key(text) for text in (own, name or (own if at_best else "loss")))
+    greater = run.arguments.get("greater_is_better") if key == own else None
     return Metric(key, greater if isinstance(greater, bool) else not key.endswith(_LESS_IS_BETTER), at_best)
+
+
+def _key(name: str) -> str:
+    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 def _keys(runs: Iterable[Run]) -> list[str]:
@@ -191,9 +211,9 @@ def _setting(weight_decay: float, runs: Sequence[Run], metric: Metric) -> Settin
         weight_decay,
         loss=statistics.fmean(values) * (-1 if metric.greater_is_better else 1),
         total=_mean(run.total_decay for run in runs),
-        gap=_mean(run.gap for run in runs),
+        gap=_mean(run.gap(metric.loss) for run in runs),
         # Other metrics waver, so that their last is below their best, overfitted or not.
-        rise=_mean(run.rise for run in runs) if metric.key.endswith("loss") else None,
+        rise=_mean(run.rise(metric.loss) for run in runs) if metric.key.endswith("loss") else None,
         runs=runs,
         values=values,
     )
@@ -210,15 +230,34 @@ def _noise(settings: Sequence[Setting]) -> tuple[float, str]:
     return part, f"One seed each: differences below {part:.2g} ({100 * CONSTANTS.noise:g} %) are taken for noise."
 
 
-def _propose(settings: Sequence[Setting], best: Setting, noise: float) -> Proposal:
+def _propose(settings: Sequence[Setting], best: Setting, noise: float, loss: str) -> Proposal:
     tried = [setting for setting in settings if setting.weight_decay > 0]
     if best.weight_decay > 0:
         return propose(tried, noise)
-    overfits = (_mean(run.rise for run in best.runs) or 0) > CONSTANTS.rise
-    rate = best.runs[0].sum_of_rates
-    if tried or not overfits or not rate:
+    felt = [setting for setting in tried if setting.total is None or setting.total >= CONSTANTS.matters]
+    overfits = (_mean(run.rise(loss) for run in best.runs) or 0) > CONSTANTS.rise
+    total = best.runs[0].total_of_one
+    if felt or not overfits or not total:
         return Proposal(None, "no weight decay is as good as any, and nothing speaks for one")
-    return Proposal(CONSTANTS.total / rate, "the model overfits, without weight decay")
+    return Proposal(rounded(CONSTANTS.total / total), "the model overfits, without weight decay")
+
+
+def _within_reach(proposal: Proposal, best: Setting, diverged: Iterable[float]) -> Proposal:
+    """The same, or a weaker decay where training diverged or the step would take too much of the weights."""
+    if proposal.weight_decay is None:
+        return proposal
+    worst = min((decay for decay in diverged if decay > best.weight_decay), default=math.inf)
+    if proposal.weight_decay >= worst:
+        decay = math.sqrt(best.weight_decay * worst) or worst / 10
+        return replace(proposal, weight_decay=rounded(decay), reason=f"{worst:g} ended in NaN or infinity")
+    share = max(run.largest_share for run in best.runs)
+    if share * proposal.weight_decay > _MOST_IN_A_STEP * best.weight_decay:
+        reason = f"a stronger one would take more than {100 * _MOST_IN_A_STEP:g} % of the weights in a step"
+        decay = best.weight_decay * _MOST_IN_A_STEP / share
+        return replace(
+            proposal, weight_decay=rounded(decay) if decay > 1.2 * best.weight_decay else None, reason=reason
+        )
+    return proposal
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -229,8 +268,20 @@ def _mean(values: Iterable[float | None]) -> float | None:
 # --- what is said ---
 
 
+def _is_broken(run: Run, metric: Metric) -> bool:
+    return bool(run.broken) or not all(math.isfinite(value) for _, value in run.evaluated(metric.key))
+
+
+def _broken(run: Run) -> str:
+    to_the_end = run.broken[-1] == run.training[-1]["step"]
+    return (
+        f"{run.path}: NaN or infinite {f'from step {run.broken[0]} on' if to_the_end else f'at step {run.broken[0]}'}."
+    )
+
+
 def _head(runs: Sequence[Run]) -> str:
     first = runs[0]
+    steps = f"{first.last_step}" + (f" of {first.planned_steps}" if first.planned_steps > first.last_step else "")
     passes = "" if first.epochs is None else f", {first.epochs:.3g} passes over the training data"
     size = f", {sum(first.dtypes.values()) / 1e6:.3g} M saved parameters" if first.dtypes else ""
     name, decay = f"{len(runs)} runs that differ in weight decay and seed at most", ""
@@ -238,7 +289,7 @@ def _head(runs: Sequence[Run]) -> str:
         name = str(first.path)
         decay = ", weight_decay=" + ("unknown" if first.weight_decay is None else f"{first.weight_decay:g}")
     optim = first.optim or "unknown optimizer"
-    return f"{name}: {first.last_step} steps{passes}, {optim}{size}{decay}."
+    return f"{name}: {steps} steps{passes}, {optim}{size}{decay}."
 
 
 def _table(settings: Sequence[Setting], metric: Metric) -> list[str]:
@@ -262,9 +313,9 @@ def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -
     runs = [run for setting in settings for run in setting.runs]
     lines = []
     for key in _keys(runs):
-        if key == metric.key or key.endswith(("_runtime", "_per_second", "_time")):
+        if key == metric.key or key.endswith(_NO_METRICS):
             continue
-        other = Metric(key, not key.endswith(_LESS_IS_BETTER), metric.at_best)
+        other = replace(_metric(runs[0], key), at_best=metric.at_best)
         judged = _settings(runs, other)
         found = min(judged, key=lambda setting: setting.loss, default=best)
         ours = next((setting for setting in judged if setting.weight_decay == best.weight_decay), found)
@@ -276,20 +327,21 @@ def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -
     return lines
 
 
-def _fit_of(run: Run) -> list[str]:
-    if run.rise is None:
-        return ["Whether it overfits is not known: eval_loss was logged fewer than twice (eval_strategy, eval_steps)."]
-    step, least = min(run.eval_losses, key=lambda one: one[1])
-    last = run.eval_losses[-1][1]
+def _fit_of(run: Run, loss: str) -> list[str]:
+    rise, gap, losses = run.rise(loss), run.gap(loss), run.eval_losses(loss)
+    if rise is None:
+        return [f"Whether it overfits is not known: {loss} was logged fewer than twice (eval_strategy, eval_steps)."]
+    step, least = min(losses, key=lambda one: one[1])
+    last = losses[-1][1]
     lines = [f"The evaluation loss fell to the end ({last:.4g}), or nearly."]
-    if run.rise > CONSTANTS.rise:
+    if rise > CONSTANTS.rise:
         trained = [entry["loss"] for entry in run.entries if "loss" in entry and entry["step"] <= step]
         went = f", while the training loss went from {trained[-1]:.4g} to {run.last_loss:.4g}" if trained else ""
         rose = f"was lowest at step {step} ({least:.4g}), and has risen to {last:.4g} since"
         lines = [f"It overfits: the evaluation loss {rose}{went}."]
-    if run.gap is not None:
+    if gap is not None:
         usual = f"at the best weight decay of other tasks that was about {100 * CONSTANTS.gap:.0f} %"
-        lines.append(f"The training loss ends {100 * run.gap:.0f} % below it; {usual}.")
+        lines.append(f"The training loss ends {100 * gap:.0f} % below it; {usual}.")
     elif run.is_one_pass:
         lines.append("No sample was seen twice, so there is little that it could have learnt by heart.")
     return lines

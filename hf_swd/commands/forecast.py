@@ -126,11 +126,11 @@ def _single(run: Tried, constants: Constants) -> Proposal:
     if _overfits(run, constants) or (is_weak and has_gap):
         least = run.weight_decay * constants.total / run.total if run.total else 0.0
         decay = max(run.weight_decay * _factor(run, constants, _LEAST, _MOST), least)
-        return Proposal(_rounded(decay), "the training loss is far below the evaluation loss, and decay was weak")
+        return Proposal(rounded(decay), "the training loss is far below the evaluation loss, and decay was weak")
     if is_weak or run.total is None:
         return Proposal(None, "nothing speaks for another weight decay")
     decay = run.weight_decay * _factor(run, constants, 1 / _MOST, 1 / _LEAST)
-    return Proposal(_rounded(decay), "decay took most of the weights, and the model does not overfit")
+    return Proposal(rounded(decay), "decay took most of the weights, and the model does not overfit")
 
 
 def _strongest(below: Tried, best: Tried, noise: float, constants: Constants) -> Proposal:
@@ -139,9 +139,9 @@ def _strongest(below: Tried, best: Tried, noise: float, constants: Constants) ->
         return Proposal(None, f"{below.weight_decay:.3g} made no difference")
     factor = _factor(best, constants, 0, _MOST)
     if overfits or factor > 1 / _LEAST:
-        return Proposal(_rounded(best.weight_decay * max(factor, _LEAST)), "the strongest decay so far was the best")
+        return Proposal(rounded(best.weight_decay * max(factor, _LEAST)), "the strongest decay so far was the best")
     decay = max(best.weight_decay * factor, math.sqrt(below.weight_decay * best.weight_decay))
-    return Proposal(_rounded(decay), "it was the best, and so strong that the model hardly fits its training data")
+    return Proposal(rounded(decay), "it was the best, and so strong that the model hardly fits its training data")
 
 
 def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
@@ -152,11 +152,11 @@ def _weakest(best: Tried, above: Tried, noise: float, constants: Constants) -> P
         return Proposal(None, f"{above.weight_decay:.3g} made no difference")
     if matters:
         decay = best.weight_decay * _factor(best, constants, 1 / _MOST, 1 / _LEAST)
-        return Proposal(_rounded(decay), "the weakest decay so far was the best")
+        return Proposal(rounded(decay), "the weakest decay so far was the best")
     if above.weight_decay <= _WIDE * best.weight_decay:
         return Proposal(None, "weaker is as good as none, and stronger was no better")
     decay = math.sqrt(best.weight_decay * above.weight_decay)
-    return Proposal(_rounded(decay), "the weakest was the best, with room up to the next")
+    return Proposal(rounded(decay), "the weakest was the best, with room up to the next")
 
 
 def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: Constants) -> Proposal:
@@ -168,10 +168,10 @@ def _between(below: Tried, best: Tried, above: Tried, noise: float, constants: C
     optimum, room = parabola.optimum, above.weight_decay / best.weight_decay
     if _overfits(best, constants) and optimum < _SAME * best.weight_decay and room > _LEAST:
         decay = best.weight_decay * _factor(best, constants, _SAME, math.sqrt(room))
-        return Proposal(_rounded(decay), "the best so far still overfits", parabola)
+        return Proposal(rounded(decay), "the best so far still overfits", parabola)
     if parabola.gain < noise or 1 / _SAME < optimum / best.weight_decay < _SAME:
         return Proposal(None, "no more than that is to be gained", parabola)
-    return Proposal(_rounded(optimum), "it is that optimum", parabola)
+    return Proposal(rounded(optimum), "it is that optimum", parabola)
 
 
 def _overfits(run: Tried, constants: Constants) -> bool:
@@ -184,5 +184,6 @@ def _factor(run: Tried, constants: Constants, least: float, most: float) -> floa
     return min(max(factor, least), most)
 
 
-def _rounded(decay: float) -> float:
+def rounded(decay: float) -> float:
+    """To two digits."""
     return float(f"{decay:.2g}")

@@ -66,7 +66,7 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
     paths = [Path(path) for path in output_dirs]
     if not paths:
         raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    runs = [*{run.state: run for run in map(_read, paths)}.values()]
+    runs = [*{run.state.resolve(): run for run in map(_read, paths)}.values()]
     return save_figure(_draw(runs, _names(runs)), paths[0], output)
 
 

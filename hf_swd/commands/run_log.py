@@ -32,7 +32,8 @@ class Run:
         path: as it was named.
         state: its `trainer_state.json`.
         history: the entries of that which have a step.
-        end: its own step and epoch, as far as it has them: the last log of training is from before.
+        end: its own step and epoch, and how many steps were planned, as far as it has them: the last log of training
+            is from before.
         arguments: of the Trainer; empty if they are not known.
         dtypes: number of floating-point scalars of each dtype in the saved weights (of adapters if there are any).
     """
@@ -81,11 +82,11 @@ class Run:
     @cached_property
     def entries(self) -> list[dict[str, Any]]:
         """Those of `training` without NaN and infinity."""
-        return [log for log in self.training if all(math.isfinite(v) for v in log.values() if isinstance(v, float))]
+        return [*filter(_is_finite, self.training)]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The first log of each step with a number of the evaluation."""
+        """The numbers of the evaluations of each step: of all datasets, and the first of what was evaluated twice."""
         return _growing(entry for entry in self.history if any(key.startswith("eval_") for key in entry))
 
     @property
@@ -93,26 +94,56 @@ class Run:
         return int(self.end.get("global_step") or self.training[-1]["step"])
 
     @property
-    def broken_from(self) -> int | None:
-        """Step of the first log of training that is NaN or infinite."""
-        return next((log["step"] for log in self.training if log not in self.entries), None)
+    def planned_steps(self) -> int:
+        """More than `last_step` if it was stopped."""
+        return max(self.last_step, int(self.end.get("max_steps") or 0))
+
+    @property
+    def broken(self) -> list[int]:
+        """Steps of the logs of training that are NaN or infinite."""
+        return [log["step"] for log in self.training if not _is_finite(log)]
 
     @property
     def epochs(self) -> float | None:
         """Passes over the training data."""
-        return self.end.get("epoch") or next(reversed(self.column("epoch")), None)
+        return self.end.get("epoch") or next((log["epoch"] for log in reversed(self.training) if "epoch" in log), None)
 
     def column(self, key: str) -> list[float]:
-        return [entry[key] for entry in self.entries if key in entry]
+        return [entry[key] for entry in self.entries if isinstance(entry.get(key), (int, float))]
+
+    @property
+    def decays(self) -> list[float] | None:
+        """The effective weight decay of each of `entries`; `None` if it is not known."""
+        decays = self.column("swd/weight_decay")
+        if not decays and self.constant_decay is not None:
+            decays = [self.constant_decay] * len(self.entries)
+        return decays if len(decays) == len(self.entries) else None
 
     @property
     def total_decay(self) -> float | None:
         """Learning rate times effective weight decay, summed over the run; `None` if it is not known. The weights
         would shrink by its negative exponential if nothing else moved them."""
-        decays = self.column("swd/weight_decay")
-        if not decays and self.constant_decay is not None:
-            decays = [self.constant_decay] * len(self.entries)
-        return self._integral(decays) if len(decays) == len(self.entries) else None
+        return None if self.decays is None else self._integral(self.decays)
+
+    @property
+    def total_of_one(self) -> float:
+        """The same with a `weight_decay` of 1, by the gradient rms that a schedule has logged."""
+        rms = self.column("swd/grad_rms")
+        if len(rms) < len(self.entries):
+            return self.sum_of_rates
+        option = re.search(r"reference_steps=(\d+)", str(self.arguments.get("optim_args")))
+        start = int(option[1]) if option else 0
+        reference = next((value for value, step in zip(rms, self.column("step"), strict=True) if step >= start), 0.0)
+        factors = [
+            1.0 if step < start or not value else (reference if start else 1.0) / value
+            for value, step in zip(rms, self.column("step"), strict=True)
+        ]
+        return self._integral(factors)
+
+    @property
+    def largest_share(self) -> float:
+        """The largest part of the weights that decay took in a logged step; 0 if it is not known."""
+        return max(map(math.prod, zip(self.column("learning_rate"), self.decays or [], strict=False)), default=0.0)
 
     @property
     def sum_of_rates(self) -> float:
@@ -130,10 +161,9 @@ class Run:
         total, rates = self.total_decay, self.sum_of_rates
         return total / rates if total is not None and rates else None
 
-    @property
-    def eval_losses(self) -> list[tuple[float, float]]:
+    def eval_losses(self, key: str) -> list[tuple[float, float]]:
         """Those that are finite, with their steps."""
-        return [(step, loss) for step, loss in self.evaluated("eval_loss") if math.isfinite(loss)]
+        return [(step, loss) for step, loss in self.evaluated(key) if math.isfinite(loss)]
 
     @property
     def last_loss(self) -> float | None:
@@ -146,18 +176,16 @@ class Run:
         """Then no sample was seen twice, and the model cannot have learnt them by heart."""
         return self.epochs is not None and self.epochs <= 1
 
-    @property
-    def gap(self) -> float | None:
-        """Part of the evaluation loss at the end by which the training loss is below it."""
-        loss = self.last_loss
-        if not self.eval_losses or self.eval_losses[-1][1] <= 0 or loss is None or self.is_one_pass:
+    def gap(self, key: str) -> float | None:
+        """Part of the evaluation loss `key` at the end by which the training loss is below it."""
+        losses, loss = self.eval_losses(key), self.last_loss
+        if not losses or losses[-1][1] <= 0 or loss is None or self.is_one_pass:
             return None
-        return 1 - loss / self.eval_losses[-1][1]
+        return 1 - loss / losses[-1][1]
 
-    @property
-    def rise(self) -> float | None:
-        """Part of the evaluation loss at the end by which its minimum is below it."""
-        losses = [loss for _, loss in self.eval_losses]
+    def rise(self, key: str) -> float | None:
+        """Part of the evaluation loss `key` at the end by which its minimum is below it."""
+        losses = [loss for _, loss in self.eval_losses(key)]
         return 1 - min(losses) / losses[-1] if len(losses) > 1 and losses[-1] > 0 else None
 
 
@@ -171,28 +199,34 @@ def read_run(output_dir: Path) -> Run:
         ValueError: it is none.
     """
     state = _find_state(output_dir)
-    # The other files may lie beside the state, or if that is a checkpoint's, in the folder of the run.
-    folders = [state.parent, state.parent.parent] if state.parent.name.startswith("checkpoint-") else [state.parent]
+    # The other files may lie beside the state; or in the folder of the run, or its last checkpoint.
+    folders = [state.parent, *_checkpoints(state.parent)]
+    if state.parent.name.startswith("checkpoint-"):
+        folders.append(state.parent.parent)
     return Run(output_dir, state, *_read_state(state), _read_arguments(folders), _read_dtypes(folders))
 
 
 def _find_state(path: Path) -> Path:
     """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself."""
     if path.is_file():
-        return path.resolve()
+        return path.absolute()
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {STATE}"
         )
-    checkpoints = [folder for folder in path.iterdir() if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    checkpoints.sort(key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
-    for folder in (path, *checkpoints):
+    for folder in (path, *_checkpoints(path)):
         if (folder / STATE).is_file():
-            return (folder / STATE).resolve()
+            return (folder / STATE).absolute()
     raise FileNotFoundError(
         f"{path}: found neither {STATE} nor checkpoint-N/{STATE}. A Trainer writes it with each checkpoint "
         "(save_strategy) and in trainer.save_state()."
     )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The last one first."""
+    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def _read_state(state: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -200,7 +234,7 @@ def _read_state(state: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         content = json.loads(state.read_bytes())
         history = [entry for entry in content["log_history"] if isinstance(entry["step"], (int, float))]
-        return history, {key: content[key] for key in ("global_step", "epoch") if key in content}
+        return history, {key: content[key] for key in ("global_step", "max_steps", "epoch") if key in content}
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
         raise ValueError(
             f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r})"
@@ -247,14 +281,21 @@ def _series(entries: Iterable[dict[str, Any]], key: str) -> list[tuple[float, fl
 
 
 def _growing(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose `step`, a whole number, is above that of all before: a model that is evaluated again at the end has
-    two entries there."""
+    """Those whose `step`, a whole number, is above that of all before. Further ones of the same step add what it has
+    not: a model is evaluated on several datasets, or again at the end."""
     result: list[dict[str, Any]] = []
     for entry in entries:
         step = int(entry["step"]) if math.isfinite(entry["step"]) else 0
-        if step > (result[-1]["step"] if result else 0):
+        last = result[-1]["step"] if result else 0
+        if step > last:
             result.append({**entry, "step": step})
+        elif step == last > 0:
+            result[-1] = {**entry, **result[-1]}
     return result
+
+
+def _is_finite(entry: dict[str, Any]) -> bool:
+    return all(math.isfinite(value) for value in entry.values() if isinstance(value, float))
 
 
 class _Unknown(dict[Any, Any]):

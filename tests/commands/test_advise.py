@@ -160,7 +160,7 @@ def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
     sgd = said(write(tmp_path / "sgd", [2.0, 1.9], **{**ADAMW, "optim": "sgd", "weight_decay": 0.1}))
     assert "sgd is not known to have decoupled and constant decay" in sgd
     blind = said(write(tmp_path / "blind", [], weight_decay=0.1, **ADAMW))
-    assert "no evaluation with a known weight_decay is in the log (eval_strategy)" in blind
+    assert "the log has no eval_loss of a known weight_decay (eval_strategy)" in blind
     assert blind.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 0.1"
     once = said(write(tmp_path / "once", [1.9], weight_decay=0.1, **ADAMW))
     assert "Whether it overfits is not known" in once
@@ -400,3 +400,137 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     assert stop.get_label() == "stop here: 0" and [*stop.get_ydata()] == [1.9, 1.9]
     assert main(["plot", str(write(tmp_path / "blind", [], **ADAMW)), "--against", "weight_decay"]) == 1
     assert "no run has an evaluation" in capsys.readouterr().err
+
+
+# --- runs of an unusual kind ---
+
+
+OVERFITTED = [2.4, 2.0, 1.8, 1.9, 2.2]
+FITTED = [0.5] * 10
+
+
+def test_adams_without_decay_gets_a_proposal_in_its_own_units(tmp_path):
+    """Without `reference_steps` weight decay is divided by the rms; with it, by what that has become of the first."""
+    schedule = {"swd/weight_decay": 0.0, "swd/grad_rms": 0.01}
+    adamw, paper, calibrated = (
+        write(tmp_path / name, OVERFITTED, FITTED, extra=extra, weight_decay=0.0, seed=0, **arguments_)
+        for name, extra, arguments_ in (
+            ("adamw", None, {"optim": "adamw_torch"}),
+            ("paper", schedule, {"optim": "adams"}),
+            ("calibrated", schedule, {"optim": "adams", "optim_args": "reference_steps=50"}),
+        )
+    )
+    assert proposed(said(adamw)) == proposed(said(calibrated)) == 0.9  # 1.8 / (200 steps * 0.01)
+    assert proposed(said(paper)) == 0.009
+
+
+def test_a_decay_too_weak_to_matter_beside_none_does_not_end_the_search(tmp_path):
+    losses = {0.0: OVERFITTED, 1e-3: [*OVERFITTED[:-1], 2.201]}
+    folders = [write(tmp_path / f"{d}", found, FITTED, weight_decay=d, **ADAMW) for d, found in losses.items()]
+    assert proposed(said(*folders)) == 0.9
+
+
+@pytest.mark.parametrize("where", ["evaluation", "training"])
+def test_nothing_as_strong_as_what_diverged_is_proposed(tmp_path, where):
+    first = write(tmp_path / "1", OVERFITTED, FITTED, weight_decay=1.0, **ADAMW)
+    assert proposed(said(first)) > 4
+    losses = [0.5] * 5 + [math.nan] * 5 if where == "training" else FITTED
+    write(tmp_path / "4", [2.4, math.nan], losses, weight_decay=4.0, **ADAMW)
+    text = said(first, tmp_path / "4")
+    assert proposed(text) == 2 and "because 4 ended in NaN or infinity" in text
+    assert ("NaN or infinite from step 120 on" in text) == (where == "training")
+
+
+def test_no_step_is_proposed_that_takes_a_tenth_of_the_weights(tmp_path):
+    text = said(write(tmp_path / "strong", OVERFITTED, FITTED, weight_decay=8.0, **ADAMW))
+    assert proposed(text) == 10 and "more than 10 % of the weights in a step" in text
+    text = said(write(tmp_path / "stronger", OVERFITTED, FITTED, weight_decay=50.0, **ADAMW))
+    assert proposed(text) == 50 and "Stop here, at 50: a stronger one would take" in text
+
+
+def test_infinity_in_one_log_is_not_the_end(tmp_path):
+    folder = write(tmp_path, [2.0, 1.9], weight_decay=1.0, **ADAMW)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    state["log_history"][0]["grad_norm"] = math.inf  # usual with fp16
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert "NaN or infinite at step 20." in said(folder)
+
+
+def test_several_evaluation_datasets(tmp_path):
+    evaluations = [{"eval_a_loss": 1.0, "eval_a_runtime": 1.0}, {"eval_a_loss": 0.9}]
+    folder = write(tmp_path, evaluations, FITTED, weight_decay=0.1, **ADAMW)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    for step, loss in ((100, 1.8), (200, 2.2)):  # an entry of its own, at the same steps
+        state["log_history"].append({"step": step, "eval_b_loss": loss})
+    state["log_history"].sort(key=lambda entry: entry["step"])
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert "the log has no eval_loss of a known weight_decay (--metric takes eval_a_loss, eval_b_loss)" in said(folder)
+    assert "fell to the end (0.9)" in said(folder, metric="a_loss")
+    text = said(folder, metric="b_loss")
+    assert "It overfits: the evaluation loss was lowest at step 100 (1.8)" in text, text
+    assert proposed(text) > 0.1
+
+
+def test_direction_of_a_metric_is_that_of_the_runs_arguments(tmp_path):
+    folders = [
+        write(
+            tmp_path / f"{decay}",
+            [{"eval_loss": loss, "eval_score": score}] * 2,
+            weight_decay=decay,
+            metric_for_best_model="score",
+            greater_is_better=False,
+            **ADAMW,
+        )
+        for decay, loss, score in ((0.5, 2.0, 8.0), (2.0, 1.9, 7.0), (8.0, 2.2, 9.0))
+    ]
+    assert "Compared by eval_score at the end; less is better" in said(*folders, metric="score")
+    assert "--metric score decides by it" not in said(*folders)
+
+
+def test_runs_that_were_stopped_say_so_and_early_stopping_is_no_difference(tmp_path):
+    def stopped(name, at_best, step, decay):
+        folder = write(tmp_path / name, [2.0, 1.9], weight_decay=decay, load_best_model_at_end=at_best, **ADAMW)
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state |= {"global_step": step, "max_steps": 1000, "epoch": step / 10}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        return folder
+
+    assert ": 200 of 1000 steps, 20 passes" in said(stopped("one", False, 200, 1.0))
+    early = [stopped(f"early{step}", True, step, step / 100) for step in (200, 220, 240)]
+    assert len(advise(early).settings) == 3
+    aborted = [stopped(f"aborted{step}", False, step, step / 100) for step in (200, 220, 240)]
+    assert len(advise(aborted).settings) == 1
+
+
+def test_arguments_are_found_in_a_checkpoint_and_beside_a_link(tmp_path):
+    write(tmp_path / "run" / "checkpoint-200", [2.0, 1.9], weight_decay=1.0, **ADAMW)
+    state = (tmp_path / "run" / "checkpoint-200" / "trainer_state.json").rename(
+        tmp_path / "run" / "trainer_state.json"
+    )
+    assert read_run(tmp_path / "run").weight_decay == 1.0
+    # As the Hub's cache keeps files.
+    blob = state.rename(tmp_path / "blob")
+    snapshot = write(tmp_path / "snapshot", [], weight_decay=3.0, **ADAMW)
+    (snapshot / "trainer_state.json").unlink()
+    (snapshot / "trainer_state.json").symlink_to(blob)
+    assert read_run(snapshot).weight_decay == 3.0
+
+
+def test_saved_weights_that_are_not_known_are_no_difference(tmp_path):
+    folders = grid(tmp_path, {0.5: 2.0, 2.0: 1.9, 8.0: 2.2})
+    save_file({"weight": torch.ones(3)}, folders[0] / "model.safetensors")
+    assert len(advise(folders).settings) == 3
+
+
+def test_long_log_is_read_in_time_that_grows_with_it(tmp_path):
+    folder = write(tmp_path, [2.0, 1.9], [1.0] * 20_000, weight_decay=1.0, **ADAMW)
+    compared = []
+
+    class Entry(dict):
+        def __eq__(self, other):
+            compared.append(1)
+            return super().__eq__(other)
+
+    run = read_run(folder)
+    run.training[:] = map(Entry, run.training)
+    assert run.broken == [] and not compared
