@@ -28,12 +28,14 @@ def drive(schedule: WeightDecaySchedule) -> None:
         nonlocal begun
         grads = [p.grad for group in schedule.groups for p in group["params"] if p.grad is not None]
         if begun is not None and len(begun) == len(grads):
-            if all(now is grad and now._version == version for now, (grad, version) in zip(grads, begun, strict=True)):
+            if all(
+                now is grad and _version(now) == version for now, (grad, version) in zip(grads, begun, strict=True)
+            ):
                 return
         step = schedule.begin_step()
         if step.clip is not None:
             scale_([grad for group in step.groups for grad in group.grads], step.clip)
-        begun = [(grad, grad._version) for group in step.groups for grad in group.grads]
+        begun = [(grad, _version(grad)) for group in step.groups for grad in group.grads]
 
     def pre_hook(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,6 +83,11 @@ def _load_with_hooks(schedule: WeightDecaySchedule) -> None:
 def _compiles_its_step(optimizer: Optimizer) -> bool:
     """torchao's do, anew for every other number: they get the decay as a tensor. Others take it as a number."""
     return any(cls.__module__.startswith("torchao.") for cls in type(optimizer).__mro__)
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with each change in place; tensors of the inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _followed_once(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:

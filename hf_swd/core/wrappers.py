@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 def unwrapped(optimizer: Any) -> Iterator[Any]:
     """`optimizer`, what it wraps, and so on inwards: each object once, since some optimizers call themselves
-    `self.optimizer`, and optimizers only, since others keep a list or a name there."""
+    `self.optimizer`, and no lists, names and classes, which others keep there."""
     seen: set[int] = set()
     while id(optimizer) not in seen:
         seen.add(id(optimizer))
         yield optimizer
         inner = getattr(optimizer, "__dict__", {}).get("optimizer")
-        if not hasattr(inner, "param_groups") or isinstance(inner, type):
+        is_wrapper = "optimizer" in getattr(inner, "__dict__", {})
+        if isinstance(inner, type) or not (is_wrapper or hasattr(inner, "param_groups")):
             return
         optimizer = inner
 
