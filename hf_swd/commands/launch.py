@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_parser.error(f"unknown option {target[0]!r}; options of the script go after SCRIPT")
         return _run(target[0], target[1:], module)
     args = parser.parse_args(argv)
+    if args.command == "plot" and args.metric and args.against != "weight_decay":
+        parser.error("--metric needs --against weight_decay: over the steps, all that was logged is drawn")
     try:
         if args.command == "advise":
             from .advise import advise

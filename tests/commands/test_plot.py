@@ -376,3 +376,9 @@ def test_version_and_help_of_the_command_line(capsys):
             main([option])
         assert exit.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def test_metric_without_the_picture_that_has_it_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path), "--metric", "accuracy"])
+    assert "--metric needs --against weight_decay" in capsys.readouterr().err
