@@ -26,11 +26,10 @@ def drive(schedule: WeightDecaySchedule) -> None:
         # torch calls the hooks twice if the `step` of a subclass calls that of its base, and a step that raised may be
         # made again: these gradients have been measured, and clipped.
         nonlocal begun
-        grads = [p.grad for group in schedule.groups for p in group["params"] if p.grad is not None]
-        if begun is not None and len(begun) == len(grads):
-            if all(
-                now is grad and _version(now) == version for now, (grad, version) in zip(grads, begun, strict=True)
-            ):
+        if begun is not None:
+            grads = [p.grad for group in schedule.groups for p in group["params"] if p.grad is not None]
+            now = [(id(grad), _version(grad)) for grad in grads]
+            if now == [(id(grad), version) for grad, version in begun]:
                 return
         step = schedule.begin_step()
         if step.clip is not None:
