@@ -33,14 +33,6 @@ class ScheduledStep(NamedTuple):
     """What the gradients must be multiplied by first, 0-d."""
 
 
-class _StepUnderWay(NamedTuple):
-    """What the groups will hold once this step is made, and what its gradients are multiplied by. It stays for further
-    inner steps of ZeRO, which show the same decay."""
-
-    numbers: Numbers
-    clip: Tensor | None
-
-
 class WeightDecaySchedule(group_state.GroupValues):
     """
     Drives the weight decay of one optimizer: `decay = lambda * factor`, with [`decay_factor`].
@@ -81,7 +73,9 @@ class WeightDecaySchedule(group_state.GroupValues):
         self._num_elements: Tensor | int = 0
         self._measured: tuple[StepTotals, Tensor | None] | None = None
         """By [`clip_in_step`]: the gradients of the coming step, and what they must be multiplied by first."""
-        self._under_way: _StepUnderWay | None = None
+        self._under_way: tuple[Numbers, Tensor | None] | None = None
+        """What the groups will hold once this step is made, and what its gradients are multiplied by. It stays for
+        further inner steps of ZeRO, which show the same decay."""
         self.source: GradientSource = ParameterGradients(optimizer, beta2=beta2, process_group=process_group)
         # As torch's own options: groups that are added take them from here.
         optimizer.defaults.update(options)
@@ -182,14 +176,16 @@ class WeightDecaySchedule(group_state.GroupValues):
             self._under_way = None if measured is None else self._advance(*measured)
         if self._under_way is None:
             return ScheduledStep(groups, [group["weight_decay"] for group in self.groups], None)
-        return ScheduledStep(groups, self._write_decay(self._under_way.numbers), self._under_way.clip)
+        numbers, clip = self._under_way
+        return ScheduledStep(groups, self._write_decay(numbers), clip)
 
     @torch.no_grad()
     def end_step(self) -> None:
         """The step is made, and counts from now on. (If its kernel raises, this is not called: it did not happen.)"""
         if self._under_way is not None:
-            group_state.write_numbers(self.groups, self._under_way.numbers)
-            self.source.end_step(self._under_way.clip)
+            numbers, clip = self._under_way
+            group_state.write_numbers(self.groups, numbers)
+            self.source.end_step(clip)
 
     def _measure(self, groups: list[GroupGradients], max_norm: float) -> tuple[StepTotals, Tensor | None] | None:
         """The coming step, clipped to `max_norm` if that is not 0; `None` if there is no gradient anywhere."""
@@ -208,7 +204,7 @@ class WeightDecaySchedule(group_state.GroupValues):
             )
         return totals, self._record_norm(totals.squared_norm.sqrt(), max_norm) if max_norm else None
 
-    def _advance(self, totals: StepTotals, clip: Tensor | None) -> _StepUnderWay:
+    def _advance(self, totals: StepTotals, clip: Tensor | None) -> tuple[Numbers, Tensor | None]:
         self._num_elements = totals.num_elements
         numbers = advance(
             self.numbers(),
@@ -217,7 +213,7 @@ class WeightDecaySchedule(group_state.GroupValues):
             reference_steps=self.reference_steps,
             found_inf=getattr(self.optimizer, "found_inf", None),
         )
-        return _StepUnderWay(numbers, clip)
+        return numbers, clip
 
     def _record_norm(self, norm: Tensor, max_norm: float) -> Tensor | None:
         clipped, looks = self._clip_counts

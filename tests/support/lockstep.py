@@ -275,6 +275,7 @@ class LockStep:
         must_read = self._renewed or key != self._stepped or not is_uniform or self.amsgrad or self.low_precision
         must_read = must_read or any(p in self._replaced for p, *_ in present)
         self._renewed, self._stepped = False, key
+        self._held = [p for p, *_ in present]  # no other parameter gets the `id` of one of these
         self._replaced -= {p for p, *_ in present}
         if must_read or not self.stale or self.reference.unclipped_norm:
             self.stale &= not must_read
