@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .forecast import CONSTANTS, Proposal, Tried, propose, rounded
+from .forecast import CONSTANTS, Proposal, Tried, bounded, propose, rounded
 from .run_log import Run, read_run
 
 
@@ -30,7 +30,6 @@ _LESS_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "bpc", "bpb", "error", "w
 _NO_METRICS = ("_runtime", "_per_second", "_time")
 _DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
-_MOST_IN_A_STEP = 0.1  # of the weights: more than twice what was best anywhere
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
         raise ValueError(f"metric={metric!r}: no run has it; they have {known}")
     if not settings:
         shown = same[-1]
-        keys = [key for key in _keys(same) if not key.endswith(_NO_METRICS)]
+        keys = _keys(same)
         remedy = f"--metric takes {', '.join(keys)}" if keys else "eval_strategy"
         why = f"No weight decay can be judged: the log has no {judge.key} of a known weight_decay ({remedy})."
         return Advice([*lines, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)], judge, [], None)
@@ -123,7 +122,8 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     deviation, source = _noise(settings)
     noise = deviation / math.sqrt(len(best.values))
     diverged = [run.weight_decay for run in same if run not in judged and run.weight_decay and _is_broken(run, judge)]
-    proposal = _within_reach(_propose(settings, best, noise, judge.loss), best, diverged)
+    share = max(run.largest_share for run in best.runs)
+    proposal = bounded(_propose(settings, best, noise, judge.loss), best, diverged=diverged, share=share)
     if len(judged) > 1:
         lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
@@ -193,8 +193,9 @@ def _key(name: str) -> str:
 
 
 def _keys(runs: Iterable[Run]) -> list[str]:
-    """Of their evaluations."""
-    return sorted({key for run in runs for entry in run.evaluations for key in entry if key.startswith("eval_")})
+    """Of the metrics of their evaluations."""
+    keys = {key for run in runs for entry in run.evaluations for key in entry}
+    return sorted(key for key in keys if key.startswith("eval_") and not key.endswith(_NO_METRICS))
 
 
 def _settings(runs: Sequence[Run], metric: Metric) -> list[Setting]:
@@ -242,22 +243,8 @@ def _propose(settings: Sequence[Setting], best: Setting, noise: float, loss: str
     return Proposal(rounded(CONSTANTS.total / total), "the model overfits, without weight decay")
 
 
-def _within_reach(proposal: Proposal, best: Setting, diverged: Iterable[float]) -> Proposal:
-    """The same, or a weaker decay where training diverged or the step would take too much of the weights."""
-    if proposal.weight_decay is None:
-        return proposal
-    worst = min((decay for decay in diverged if decay > best.weight_decay), default=math.inf)
-    if proposal.weight_decay >= worst:
-        decay = math.sqrt(best.weight_decay * worst) or worst / 10
-        return replace(proposal, weight_decay=rounded(decay), reason=f"{worst:g} ended in NaN or infinity")
-    share = max(run.largest_share for run in best.runs)
-    if share * proposal.weight_decay > _MOST_IN_A_STEP * best.weight_decay:
-        reason = f"a stronger one would take more than {100 * _MOST_IN_A_STEP:g} % of the weights in a step"
-        decay = best.weight_decay * _MOST_IN_A_STEP / share
-        return replace(
-            proposal, weight_decay=rounded(decay) if decay > 1.2 * best.weight_decay else None, reason=reason
-        )
-    return proposal
+def _is_broken(run: Run, metric: Metric) -> bool:
+    return bool(run.broken) or not all(math.isfinite(value) for _, value in run.evaluated(metric.key))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -268,15 +255,10 @@ def _mean(values: Iterable[float | None]) -> float | None:
 # --- what is said ---
 
 
-def _is_broken(run: Run, metric: Metric) -> bool:
-    return bool(run.broken) or not all(math.isfinite(value) for _, value in run.evaluated(metric.key))
-
-
 def _broken(run: Run) -> str:
-    to_the_end = run.broken[-1] == run.training[-1]["step"]
-    return (
-        f"{run.path}: NaN or infinite {f'from step {run.broken[0]} on' if to_the_end else f'at step {run.broken[0]}'}."
-    )
+    first, last = run.broken[0], run.broken[-1]
+    when = f"from step {first} on" if last == run.training[-1]["step"] else f"at step {first}"
+    return f"{run.path}: NaN or infinite {when}."
 
 
 def _head(runs: Sequence[Run]) -> str:
@@ -313,7 +295,7 @@ def _disagreements(settings: Sequence[Setting], metric: Metric, best: Setting) -
     runs = [run for setting in settings for run in setting.runs]
     lines = []
     for key in _keys(runs):
-        if key == metric.key or key.endswith(_NO_METRICS):
+        if key == metric.key:
             continue
         other = replace(_metric(runs[0], key), at_best=metric.at_best)
         judged = _settings(runs, other)

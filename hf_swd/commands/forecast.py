@@ -32,6 +32,7 @@ class Constants:
 CONSTANTS = Constants()
 _LEAST, _MOST = 2.0, 10.0  # factors of a step into the unknown
 _SAME = 1.2  # weight decays no further apart are one
+_MOST_IN_A_STEP = 0.1  # of the weights: more than twice what was best anywhere
 _WIDE = 4.0  # and those further apart have room between them
 
 
@@ -118,6 +119,29 @@ def propose(tried: Sequence[Tried], noise: float | None = None, constants: Const
     if below:
         return _strongest(below[0], best, noise, constants)
     return _single(best, constants)
+
+
+def bounded(proposal: Proposal, best: Tried, *, diverged: Sequence[float], share: float) -> Proposal:
+    """
+    A proposal, or a weaker one where training diverged or a step would take too much of the weights.
+
+    Args:
+        best: of what was tried.
+        diverged: weight decays that ended in NaN or infinity.
+        share: largest part of the weights that decay took in a step at the best; 0 if it is not known.
+    """
+    if proposal.weight_decay is None:
+        return proposal
+    worst = min((decay for decay in diverged if decay > best.weight_decay), default=math.inf)
+    if proposal.weight_decay >= worst:
+        decay = math.sqrt(best.weight_decay * worst) or worst / _MOST
+        return replace(proposal, weight_decay=rounded(decay), reason=f"{worst:g} ended in NaN or infinity")
+    if share * proposal.weight_decay > _MOST_IN_A_STEP * best.weight_decay:
+        reason = f"a stronger one would take more than {100 * _MOST_IN_A_STEP:g} % of the weights in a step"
+        decay = best.weight_decay * _MOST_IN_A_STEP / share
+        goes_on = decay > _SAME * best.weight_decay
+        return replace(proposal, weight_decay=rounded(decay) if goes_on else None, reason=reason)
+    return proposal
 
 
 def _single(run: Tried, constants: Constants) -> Proposal:

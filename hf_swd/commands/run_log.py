@@ -111,7 +111,7 @@ class Run:
     def column(self, key: str) -> list[float]:
         return [entry[key] for entry in self.entries if isinstance(entry.get(key), (int, float))]
 
-    @property
+    @cached_property
     def decays(self) -> list[float] | None:
         """The effective weight decay of each of `entries`; `None` if it is not known."""
         decays = self.column("swd/weight_decay")
@@ -133,12 +133,9 @@ class Run:
             return self.sum_of_rates
         option = re.search(r"reference_steps=(\d+)", str(self.arguments.get("optim_args")))
         start = int(option[1]) if option else 0
-        reference = next((value for value, step in zip(rms, self.column("step"), strict=True) if step >= start), 0.0)
-        factors = [
-            1.0 if step < start or not value else (reference if start else 1.0) / value
-            for value, step in zip(rms, self.column("step"), strict=True)
-        ]
-        return self._integral(factors)
+        logged = [*zip(self.column("step"), rms, strict=True)]
+        reference = next((value for step, value in logged if step >= start), 0.0) if start else 1.0
+        return self._integral([reference / value if step >= start and value else 1.0 for step, value in logged])
 
     @property
     def largest_share(self) -> float:

@@ -36,7 +36,7 @@ def reading_tolerance(groups: Sequence[GroupGradients]) -> float | None:
     """How far, relatively, the mean that the recurrence gives may be from what the moments say, before it is taken for
     wrong; 0 if these parameters obey no common recurrence, and `None` if their moments cannot be read."""
     states = [state for group in groups for state in group.states]
-    held = [state.get(_MOMENT) for state in states if state]
+    held = moments_in([state for state in states if state])
     moments = [m for m in held if isinstance(m, Tensor) and (m.is_floating_point() or m.is_complex())]
     if len(moments) < len(held):
         return None

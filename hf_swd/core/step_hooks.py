@@ -20,21 +20,23 @@ def drive(schedule: WeightDecaySchedule) -> None:
     """Have every `step()` of the schedule's optimizer begin and end one of the schedule's."""
     schedule.decay_writer.on_host = not _compiles_its_step(schedule.optimizer)
     begun: list[tuple[Tensor, int]] | None = None
-    """Gradients of a step that has begun and not ended, and their versions."""
+    """Of a step that has begun and not ended: the gradients that it has clipped, and their versions."""
 
     def begin() -> None:
         # torch calls the hooks twice if the `step` of a subclass calls that of its base, and a step that raised may be
-        # made again: these gradients have been measured, and clipped.
+        # made again. To measure twice does no harm, but for gradients that have been clipped since.
         nonlocal begun
-        if begun is not None:
+        if begun:
             grads = [p.grad for group in schedule.groups for p in group["params"] if p.grad is not None]
             now = [(id(grad), _version(grad)) for grad in grads]
             if now == [(id(grad), version) for grad, version in begun]:
                 return
         step = schedule.begin_step()
+        begun = []
         if step.clip is not None:
-            scale_([grad for group in step.groups for grad in group.grads], step.clip)
-        begun = [(grad, _version(grad)) for group in step.groups for grad in group.grads]
+            grads = [grad for group in step.groups for grad in group.grads]
+            scale_(grads, step.clip)
+            begun = [(grad, _version(grad)) for grad in grads]
 
     def pre_hook(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -454,14 +454,18 @@ class CallsItsBase(torch.optim.AdamW):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("unclipped", [False, True], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_grad_norm": 0.1}, {"max_grad_norm": 0.1, "unclipped_norm": True}],
+    ids=["", "clipped", "unclipped-norm"],
+)
 @pytest.mark.parametrize("make", [CallsItsBase, "raises once"])
-def test_gradients_of_a_step_are_taken_in_once(make, unclipped):
+def test_gradients_of_a_step_are_taken_in_once(make, options):
     def trained(make):
         torch.manual_seed(0)
         layer = torch.nn.Linear(4, 4)
         optimizer = (make if isinstance(make, type) else torch.optim.AdamW)(layer.parameters(), weight_decay=0.1)
-        ScheduledWeightDecay(optimizer, max_grad_norm=0.1, unclipped_norm=unclipped)
+        ScheduledWeightDecay(optimizer, **options)
         decays = []
         for number in range(4):
             optimizer.zero_grad()
@@ -494,6 +498,20 @@ def test_gradients_that_go_on_after_a_step_that_raised_are_measured_anew():
         return schedule.grad_rms
 
     assert trained(True) == trained(False)
+
+
+def test_step_without_gradients_after_one_that_raised_is_none():
+    weight = Parameter(torch.ones(5))
+    optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
+    schedule = ScheduledWeightDecay(optimizer)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.grad = torch.full_like(weight, 9.0)
+    with OutOfMemory(optimizer, None), pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert schedule.step_count == 1 and schedule.grad_rms == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("first", ["hook", "schedule"])
