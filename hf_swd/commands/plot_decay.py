@@ -41,7 +41,8 @@ def plot_against_decay(
     for setting in settings:
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
     decays = [setting.weight_decay for setting in settings]
-    axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label="mean over the seeds")
+    label = "mean over the seeds" if any(len(setting.values) > 1 for setting in settings) else "runs"
+    axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label=label)
     proposal = advice.proposal
     best = min(advice.settings, key=lambda setting: setting.loss)
     for setting in advice.settings:
@@ -58,7 +59,8 @@ def plot_against_decay(
     if decay is None:
         verdict, decay = "stop here", best.weight_decay
     draw, value = (axes.axvline, decay) if decay else (axes.axhline, best.mean)
-    draw(value, color=COLOURS[2], label=f"{verdict}: {decay:g}")
+    # Wide and below the others, of which one may lie upon it.
+    draw(value, color=COLOURS[2], linewidth=4, alpha=0.5, zorder=1, label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
     axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -384,11 +384,11 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
-    assert lines["mean over the seeds"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
+    assert lines["runs"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
     assert lines["next: 1.4"][0][0] == 1.4
     colours = {line.get_label(): line.get_color().upper() for line in drawn[0].axes[0].lines}
-    assert colours["mean over the seeds"] == "#D55E00"  # AdamW's in all pictures
-    assert len({colours[name] for name in ("mean over the seeds", "parabola", "next: 1.4")}) == 3
+    assert colours["runs"] == "#D55E00"  # AdamW's in all pictures
+    assert len({colours[name] for name in ("runs", "parabola", "next: 1.4")}) == 3
     box, panel = (part.get_window_extent() for part in (drawn[0].legends[0], drawn[0].axes[0]))
     assert box.y1 < panel.y0  # below it, where no line passes
     for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
@@ -398,6 +398,13 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     assert main(["plot", *folders, "--against", "weight_decay"]) == 0
     (stop,) = (line for line in drawn[1].axes[0].lines if "stop here" in line.get_label())
     assert stop.get_label() == "stop here: 0" and [*stop.get_ydata()] == [1.9, 1.9]
+    none = next(line for line in drawn[1].axes[0].lines if line.get_label() == "no weight decay")
+    assert [*none.get_ydata()] == [1.9, 1.9] and none.get_linewidth() < stop.get_linewidth()
+    assert none.get_zorder() > stop.get_zorder()  # so that both are seen
+    folders = [str(folder) for folder in grid(tmp_path / "seeds", {0.5: (2.0, 2.1), 2.0: 1.9})]
+    assert main(["plot", *folders, "--against", "weight_decay"]) == 0
+    (mean,) = (line for line in drawn[2].axes[0].lines if line.get_label() == "mean over the seeds")
+    assert mean.get_ydata() == pytest.approx([2.05, 1.9])
     assert main(["plot", str(write(tmp_path / "blind", [], **ADAMW)), "--against", "weight_decay"]) == 1
     assert "no run has an evaluation" in capsys.readouterr().err
 
