@@ -28,7 +28,7 @@ class _SteppingSet(NamedTuple):
     """What is known of the parameters that step together, for as long as they are the same."""
 
     key: tuple[list[Any], ...]
-    """By which a change is noticed: `id`s of parameters and moments, and beta2."""
+    """By which a change is noticed: `id`s and sizes of parameters, `id`s of moments, and beta2."""
     referred: list[weakref.ref[Tensor]]
     """Moments, and beta2 if it is a tensor: as long as they live, no other tensor has their `id`."""
     sizes: Tensor
@@ -224,6 +224,7 @@ class ParameterGradients(GradientSource):
         rates = list(map(self._beta2, groups))
         key = (
             [id(p) for group in groups for p in group.params],
+            [p.numel() for group in groups for p in group.params],
             list(map(id, moments)),
             [id(beta2) if isinstance(beta2, Tensor) else beta2 for beta2 in rates],
             [reads_moments, *(group.amsgrad for group in groups)],

@@ -203,6 +203,22 @@ def test_loaded_then_parameter_and_state_replaced(owner, fresh, all_of_them):
     go_on(run)
 
 
+def test_parameter_that_grows_in_place_counts_with_its_new_size():
+    """As embeddings do for new tokens. A mean that no moments tell is carried on, over the scalars that are there."""
+    param = Parameter(torch.zeros(4))
+    optimizer = torch.optim.AdamW([param], weight_decay=0.01)
+    schedule = ScheduledWeightDecay(optimizer, beta2=0.9)
+
+    for size in (4, 6):
+        optimizer.state.clear()
+        param.grad = None
+        param.data = torch.zeros(size)
+        param.grad = torch.ones(size)
+        optimizer.step()
+
+    assert float(schedule.grad_rms) == pytest.approx(1.0)
+
+
 @owners
 def test_parameter_taken_out_and_put_back(owner):
     run = run_of(owner)
