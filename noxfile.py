@@ -1,4 +1,4 @@
-"""The matrix: the core tests and a training against the built wheel, with other versions than scripts/test.sh has.
+"""The matrix: tests of one process and a training, of the built wheel, with other versions than scripts/test.sh has.
 
     nox -l                               # its environments
     nox -s oldest transformers-4.57      # a minute of installing each, where pip finds a build of torch without CUDA
@@ -23,7 +23,8 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = True
 
-CORE = ["tests/adams", "tests/schedule", "tests/trainer", "tests/commands", "tests/package"]
+TRANSFORMERS = ["tests/trainer", "tests/commands", "tests/package"]
+TORCH = ["tests/adams", "tests/schedule"]  # with the torch of constraints.txt, scripts/test.sh runs them
 
 
 class Environment(NamedTuple):
@@ -99,9 +100,10 @@ def test(session: nox.Session) -> None:
     variables = dict(environment.variables)
     if environment.extra == "test":
         variables["HF_SWD_TEST_COMPLETE"] = "1"
+    tests = session.posargs or (TRANSFORMERS + TORCH if "torch" in map(name_of, versions) else TRANSFORMERS)
     with session.chdir(sources):
         session.run("python", "-c", "import hf_swd, sys; assert hf_swd.__file__.startswith(sys.prefix), hf_swd")
-        session.run("pytest", "-n", "2", "--dist", "loadfile", *(session.posargs or CORE), env=variables)
+        session.run("pytest", "-n", "2", "--dist", "loadfile", *tests, env=variables)
         if not session.posargs:
             session.run("hf-swd", "run", "scripts/check_training.py", "--optim", "adams", "--output_dir", "outputs")
 

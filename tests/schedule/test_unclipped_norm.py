@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_utils import arguments, sentences, tiny_bert
 from lockstep import HYPER, parameters
-from transformers import Trainer
 
 from hf_swd import AdamS, ScheduledWeightDecay
 
@@ -75,24 +73,3 @@ def test_zero_gradients_are_known(owner):
 def test_not_a_flag(build):
     with pytest.raises(TypeError, match="unclipped_norm='yes': expected"):
         build(parameters(), unclipped_norm="yes")
-
-
-class TestTrainer:
-    def train(self, output_dir, cls, **changes):
-        args = arguments(output_dir, **{"optim_args": "unclipped_norm=true", "max_grad_norm": 0.1, **changes})
-        trainer = cls(tiny_bert(), args, train_dataset=sentences())
-        trainer.train()
-        return trainer
-
-    def test_it_does_not_warn_of_constant_decay(self, tmp_path, caplog):
-        self.train(tmp_path, Trainer, max_steps=24)
-        assert not [r for r in caplog.records if "clipped to max_grad_norm" in r.getMessage()]
-
-    @pytest.mark.skipif(not hasattr(Trainer, "_clip_grad_norm"), reason="clips inline before transformers 5.3")
-    def test_trainer_that_clips_by_itself_is_refused(self, tmp_path):
-        class ClipsByItself(Trainer):
-            def _clip_grad_norm(self, model):
-                return torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-
-        with pytest.raises(RuntimeError, match="max_grad_norm"):
-            self.train(tmp_path, ClipsByItself)

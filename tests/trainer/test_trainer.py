@@ -557,6 +557,12 @@ def test_clipping_that_the_schedule_does_not_see_is_judged_by_logs(tmp_path, cap
     assert "AdamW with weight_decay=0.01" in message  # calibrated at step 3, and constant ever since
 
 
+@clipping_inside
+def test_unclipped_norm_in_a_trainer_that_clips_by_itself_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="unclipped_norm=True: .* max_grad_norm"):
+        train(tmp_path, ClipsByItself, optim_args="unclipped_norm=true", max_grad_norm=0.1)
+
+
 @both_trainers
 @pytest.mark.parametrize("changes", [{"max_grad_norm": 0.0}, {"logging_steps": 15, "max_grad_norm": 10.0}])
 def test_unclipped_steps_warn_of_nothing(tmp_path, caplog, trainer_class, changes):
