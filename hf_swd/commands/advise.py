@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from .forecast import CONSTANTS, Proposal, Tried, bounded, propose, rounded
-from .run_log import Run, read_run
+from .run_log import Run, read_runs
 
 
 # Arguments that change nothing in what is trained, by the beginnings of their names.
@@ -29,6 +29,7 @@ _IRRELEVANT = tuple(
 _LESS_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "bpc", "bpb", "error", "wer", "cer", "mse", "mae")
 _NO_METRICS = ("_runtime", "_per_second", "_time")
 _DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
+_SO_FAR = "in any task that was tried"
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
 
 
@@ -72,16 +73,20 @@ class Advice:
     What [`advise`] says of runs.
 
     Args:
-        lines (`list[str]`): sentences for a person; the last one is arguments for a Trainer's script.
+        lines (`list[str]`): sentences for a person; with a proposal, arguments for a Trainer's script are the last.
+        left_out (`list[str]`): those of `lines` that name runs which were not compared, and why.
         metric ([`Metric`]): what runs were compared by.
         settings (`list[Setting]`): weight decays that were tried, growing.
+        noise (`float`): a difference of the metric that may be chance.
         proposal ([`Proposal`], *optional*): absent where no run had an evaluation.
     """
 
     lines: list[str]
+    left_out: list[str]
     metric: Metric
     settings: list[Setting]
-    proposal: Proposal | None
+    noise: float = 0.0
+    proposal: Proposal | None = None
 
 
 def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = None) -> Advice:
@@ -89,10 +94,10 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     Says of finished runs whether weight decay mattered, and which one to try next.
 
     Args:
-        output_dirs (paths): each the `output_dir` of a Trainer, a checkpoint, or a `trainer_state.json`; of runs with
-            AdamS, AdamW or another optimizer. `training_args.bin` (or `training_args.json`) and the header of the
-            saved weights are read where they are. Runs that differ in more than weight decay and seed from most of
-            the others are named and left out.
+        output_dirs (paths): each the `output_dir` of a Trainer, a checkpoint, a `trainer_state.json`, or a folder of
+            runs; with AdamS, AdamW or another optimizer. `training_args.bin` (or `training_args.json`) and the header
+            of the saved weights are read where they are. Runs that differ in more than weight decay and seed from most
+            of the others are named and left out.
         metric (`str`, *optional*, defaults to that of `load_best_model_at_end`, or else `eval_loss`): key of the
             evaluations that decides.
 
@@ -100,23 +105,21 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
         FileNotFoundError: no `trainer_state.json` where it was looked for.
         ValueError: no trainer state, fewer than two logs with a learning rate, or a metric that no run has.
     """
-    runs = [_read(path) for path in dict.fromkeys(map(Path, output_dirs))]
+    runs = read_runs(output_dirs)
+    for run in runs:
+        _check(run)
     same, left_out = _alike(runs)
     judge = _metric(same[0], metric)
-    settings = _settings(same, judge)
-    judged = [run for setting in settings for run in setting.runs]
-    lines = [_head(judged or same), *map(_broken, filter(lambda run: run.broken, same)), *left_out]
     if metric and all(math.isnan(judge.of(run)) for run in same):
         known = ", ".join(_keys(same)) or "no evaluation"
         raise ValueError(f"metric={metric!r}: no run has it; they have {known}")
-    if not settings:
-        shown = same[-1]
-        keys = _keys(same)
-        remedy = f"--metric takes {', '.join(keys)}" if keys else "eval_strategy"
-        why = f"No weight decay can be judged: the log has no {judge.key} of a known weight_decay ({remedy})."
-        return Advice([*lines, *_decay_of(shown), why, _arguments(shown, shown.weight_decay)], judge, [], None)
+    settings = _settings(same, judge)
+    judged = [run for setting in settings for run in setting.runs]
     lost = f"no finite {judge.key}, or no known weight_decay"
-    lines += [_left_out(run, lost) for run in same if run not in judged]
+    left_out += [_left_out(run, lost) for run in same if settings and run not in judged]
+    lines = [_head(judged or same), *map(_broken, filter(lambda run: run.broken, same)), *left_out]
+    if not settings:
+        return Advice([*lines, *_decay_of(same[-1]), _unjudged(same, judge)], left_out, judge, [])
     best = min(settings, key=lambda setting: setting.loss)
     shown = best.runs[0]
     deviation, source = _noise(settings)
@@ -127,19 +130,19 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     if len(judged) > 1:
         lines += [*_table(settings, judge), *_disagreements(settings, judge, best)]
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
+    elif judge.key != judge.loss:
+        lines += [f"{judge.key} is {best.mean:.4g}; one run does not tell how weight decay changes it."]
     lines += [*_fit_of(shown, judge.loss), *_decay_of(shown), *_conclusion(proposal, best, noise)]
     chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
-    return Advice([*lines, _arguments(shown, chosen)], judge, settings, proposal)
+    return Advice([*lines, _arguments(shown, chosen)], left_out, judge, settings, noise, proposal)
 
 
-def _read(path: Path) -> Run:
-    run = read_run(path)
+def _check(run: Run) -> None:
     if len(run.entries) < 2:
         raise ValueError(
             f"{run.state}: {len(run.entries)} of its logs are finite and have a learning_rate, and 2 are the least. "
             "Train with logging_steps below the number of optimizer steps (the Trainer's default is 500)"
         )
-    return run
 
 
 def _alike(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -315,7 +318,8 @@ def _fit_of(run: Run, loss: str) -> list[str]:
         return [f"Whether it overfits is not known: {loss} was logged fewer than twice (eval_strategy, eval_steps)."]
     step, least = min(losses, key=lambda one: one[1])
     last = losses[-1][1]
-    lines = [f"The evaluation loss fell to the end ({last:.4g}), or nearly."]
+    above = "at its lowest" if last == least else f"{100 * (last / least - 1):.2g} % above its lowest"
+    lines = [f"It does not overfit: the evaluation loss ends {above} ({last:.4g})."]
     if rise > CONSTANTS.rise:
         trained = [entry["loss"] for entry in run.entries if "loss" in entry and entry["step"] <= step]
         went = f", while the training loss went from {trained[-1]:.4g} to {run.last_loss:.4g}" if trained else ""
@@ -339,19 +343,19 @@ def _decay_of(run: Run) -> list[str]:
     elif total == 0:
         said = "There was no weight decay."
     else:
-        matters = "" if total >= CONSTANTS.matters else ", too little to matter in any task that was measured"
+        matters = "" if total >= CONSTANTS.matters else f": too little to matter {_SO_FAR}"
         said = f"Decay took {100 * -math.expm1(-total):.3g} % of the weights in all{matters}."
     lines = [said]
     decays = run.column("swd/weight_decay")
-    if decays:
-        lines.append(f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}, {run.mean_decay:.3g} in the mean.")
+    if decays and total:
+        lines.append(f"It was scheduled, from {decays[0]:.3g} to {decays[-1]:.3g}; its mean is {run.mean_decay:.3g}.")
     lines += _rounding_of(run)
     norms, limit = run.column("grad_norm"), run.number("max_grad_norm")
     clipped = sum(norm > limit for norm in norms) if limit else 0
-    if norms and clipped >= _ALL * len(norms):
+    if norms and clipped >= _ALL * len(norms) and not _is_unclipped(run):
         lines.append(
             f"{clipped} of {len(norms)} logged steps were clipped to {limit:g}, so a schedule by the clipped gradient "
-            "is constant. AdamS has the option unclipped_norm, which was no better in any task that was measured."
+            f"is constant. AdamS has the option unclipped_norm, which was no better {_SO_FAR}."
         )
     return lines
 
@@ -381,13 +385,32 @@ def _conclusion(proposal: Proposal, best: Setting, noise: float) -> list[str]:
             f"{parabola.gain:.2g}; the noise is {noise:.2g}."
         )
     if proposal.weight_decay is None:
-        return [*lines, f"Stop here, at {best.weight_decay:g}: {proposal.reason}."]
+        return [*lines, f"Keep {best.weight_decay:g}: {proposal.reason}."]
     return [*lines, f"Next: {proposal.weight_decay:g}, because {proposal.reason}."]
 
 
-def _arguments(run: Run, weight_decay: float | None) -> str:
+def _unjudged(runs: Sequence[Run], metric: Metric) -> str:
+    """Why no weight decay can be judged, and what to do."""
+    if all(run.weight_decay is None for run in runs):
+        reason = "training_args.bin, which has it, is missing or damaged"
+    elif keys := _keys(runs):
+        reason = f"no finite {metric.key} was logged; --metric takes {', '.join(keys)}"
+    else:
+        tenth = max(1, runs[-1].planned_steps // 10)
+        reason = f"the model was not evaluated during the training; add --eval_strategy steps --eval_steps {tenth}"
+    return f"No weight decay can be judged: {reason}."
+
+
+def _arguments(run: Run, weight_decay: float) -> str:
     """The run's own optimizer, with this weight decay."""
-    decay = None if weight_decay is None else f"{weight_decay:g}"
-    options = str(run.arguments.get("optim_args") or "").replace(" ", "")
-    values = {"optim": run.optim, "weight_decay": decay, "optim_args": options}
-    return " ".join(f"--{name} {value}" for name, value in values.items() if value)
+    values = {"optim": run.optim, "weight_decay": f"{weight_decay:g}", "optim_args": _optim_args(run)}
+    return "Arguments: " + " ".join(f"--{name} {value}" for name, value in values.items() if value)
+
+
+def _optim_args(run: Run) -> str:
+    return str(run.arguments.get("optim_args") or "").replace(" ", "")
+
+
+def _is_unclipped(run: Run) -> bool:
+    """Whether its schedule follows the gradient as it is before clipping."""
+    return bool(re.search(r"unclipped_norm=(true|1|yes)\b", _optim_args(run), re.IGNORECASE))

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run_log import Run, read_run
+from .run_log import Run, read_runs
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
 
     Args:
         output_dirs (paths): each the `output_dir` of a Trainer, whose own `trainer_state.json` is read or else that of
-            its last `checkpoint-N`; or a checkpoint; or a `trainer_state.json`. Naming a run twice draws it once.
+            its last `checkpoint-N`; or a checkpoint; or a `trainer_state.json`; or a folder of runs. Naming a run
+            twice draws it once.
         output (path, *optional*, defaults to `swd_plot.png` in the first of `output_dirs`): image file; its suffix is
             its format.
 
@@ -63,25 +64,22 @@ def plot_runs(output_dirs: Iterable[str | os.PathLike[str]], output: str | os.Pa
         ValueError: no run, a file that is no trainer state, a log without any of the series, or an unknown image
             format.
     """
-    paths = [Path(path) for path in output_dirs]
-    if not paths:
-        raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
-    runs = [*{run.state.resolve(): run for run in map(_read, paths)}.values()]
-    return save_figure(_draw(runs, _names(runs)), paths[0], output)
+    runs = read_runs(output_dirs := [*output_dirs])
+    for run in runs:
+        _check(run)
+    return save_figure(_draw(runs, _names(runs)), Path(output_dirs[0]), output)
 
 
 # Reading
 
 
-def _read(path: Path) -> Run:
-    run = read_run(path)
+def _check(run: Run) -> None:
     if not any(run.logged(key) for key in (*_PANELS, "eval_loss")):
         raise ValueError(
             f"{run.state}: log_history has {len(run.history)} entries and none with {', '.join(_PANELS)} or "
             "eval_loss; train with logging_steps smaller than the number of optimizer steps (the Trainer's default is "
             "500)"
         )
-    return run
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -196,7 +194,7 @@ def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    drawn: list[tuple[float, float]] = []
+    drawn: list[list[tuple[float, float]]] = []  # of each run
     has_evaluations = False
     for index, (run, name, style) in enumerate(runs):
         marker = _MARKERS[index % len(_MARKERS)]
@@ -205,12 +203,14 @@ def _draw_panel(axes: Axes, runs: Sequence[tuple[Run, str, dict[str, Any]]], key
             points = [(entry["step"], run.constant_decay) for entry in run.history]
         few: dict[str, Any] = {"marker": marker, "markersize": 4} if len(points) <= _FEW_POINTS else {}
         _draw_line(axes, points, style, label=name, **few)
-        drawn += points
+        drawn.append([*points])
         if key == "loss" and (evaluations := run.logged("eval_loss")):
             has_evaluations = True
             _draw_line(axes, evaluations, style, label=f"{name} (evaluation)", marker=marker, **_EVALUATION)
-            drawn += evaluations
-    values = _set_limits(axes, drawn) if key != "swd/weight_decay" else [value for _, value in drawn]
+            drawn[-1] += evaluations
+    values = [value for points in drawn for _, value in points]
+    if key != "swd/weight_decay":
+        values = _set_limits(axes, drawn) or values
     if has_evaluations:
         lines = [Line2D([], [], color="0.3"), Line2D([], [], color="0.3", marker="o", **_EVALUATION)]
         axes.legend(lines, ["training", "evaluation"], frameon=False)
@@ -238,13 +238,15 @@ def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], style: dict[st
             axes.plot(steps, [1.0] * len(steps), **style, **cross, transform=edge, clip_on=False)
 
 
-def _set_limits(axes: Axes, points: Sequence[tuple[float, float]]) -> list[float]:
-    """Limits that the values after the beginning fill, where those of the beginning would take a third of the axis or
-    more. Returns the finite values that count."""
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    last = max((step for step, _ in finite), default=0)
-    later = [value for step, value in finite if step > _BEGINNING * last]
-    values = [value for _, value in finite]
+def _set_limits(axes: Axes, runs: Iterable[Sequence[tuple[float, float]]]) -> list[float]:
+    """Limits that the values after the runs' beginnings fill, where those of the beginnings would take a third of the
+    axis or more. Returns the finite values that count."""
+    values, later = [], []
+    for points in runs:
+        last = max((step for step, _ in points), default=0)
+        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        values += [value for _, value in finite]
+        later += [value for step, value in finite if step > _BEGINNING * last]
     if not later or max(later) - min(later) >= 0.67 * (max(values) - min(values)) or max(later) > 10 * min(later):
         return values
     margin = 0.05 * (max(later) - min(later)) or 0.05 * abs(later[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def plot_against_decay(
 ) -> Path:
     """
     Draws the metric of runs against their weight decay, with the parabola through the best and its neighbours, and the
-    weight decay that `hf-swd advise` says to try next.
+    weight decay that `hf-swd advise` says to try next. Runs that it leaves out are named on stderr.
 
     Args:
         output_dirs, metric: see [`~hf_swd.commands.advise.advise`].
@@ -37,14 +38,20 @@ def plot_against_decay(
         raise ValueError("no run has an evaluation (eval_strategy) and a weight_decay above 0 (training_args.bin)")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    solid, dashed = styles_of([name_of(settings[0].runs[0].optim)] * 2)
     for setting in settings:
         axes.plot([setting.weight_decay] * len(setting.values), setting.values, ".", color="0.6")
     decays = [setting.weight_decay for setting in settings]
-    label = "mean over the seeds" if any(len(setting.values) > 1 for setting in settings) else "runs"
+    name = name_of(settings[0].runs[0].optim)
+    solid, dashed = styles_of([name] * 2)
+    label = (
+        f"{name}, {'mean over the seeds' if any(len(setting.values) > 1 for setting in settings) else 'one run each'}"
+    )
     axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label=label)
-    proposal = advice.proposal
+    proposal, noise = advice.proposal, advice.noise
     best = min(advice.settings, key=lambda setting: setting.loss)
+    axes.axhspan(
+        best.mean - noise, best.mean + noise, color="0.93", zorder=0, label="as good as the best, within noise"
+    )
     for setting in advice.settings:
         if setting.weight_decay == 0:  # has no place on a logarithmic axis
             axes.axhline(setting.mean, color="0.6", linestyle=":", label="no weight decay")
@@ -57,14 +64,17 @@ def plot_against_decay(
         axes.plot(shown, heights, **dashed, label="parabola", zorder=1)
     verdict, decay = "next", proposal.weight_decay
     if decay is None:
-        verdict, decay = "stop here", best.weight_decay
+        verdict, decay = "keep", best.weight_decay
     draw, value = (axes.axvline, decay) if decay else (axes.axhline, best.mean)
     # Wide and below the others, of which one may lie upon it.
     draw(value, color=COLOURS[2], linewidth=4, alpha=0.5, zorder=1, label=f"{verdict}: {decay:g}")
     axes.set_xscale("log")
-    axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
+    ticks = sorted({*decays, decay} - {0.0})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     dress(axes, "weight decay")
     axes.set_ylabel(f"{advice.metric.key}{', best' if advice.metric.at_best else ', at the end'}")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    for line in advice.left_out:
+        print(line, file=sys.stderr)
     return save_figure(figure, Path(output_dirs[0]), output)

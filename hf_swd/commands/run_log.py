@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 import statistics
@@ -186,6 +187,27 @@ class Run:
         return 1 - min(losses) / losses[-1] if len(losses) > 1 and losses[-1] > 0 else None
 
 
+def read_runs(output_dirs: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """
+    Args:
+        output_dirs: each the `output_dir` of a Trainer, a checkpoint, a `trainer_state.json`, or a folder of runs.
+            Naming a run twice reads it once.
+
+    Raises:
+        FileNotFoundError: no `trainer_state.json`.
+        ValueError: it is none, or `output_dirs` is empty.
+    """
+    runs: dict[Path, Run] = {}
+    for path in map(Path, output_dirs):
+        inside = sorted(path.iterdir()) if path.is_dir() and _find_state(path) is None else []
+        for one in [folder for folder in inside if folder.is_dir() and _find_state(folder)] or [path]:
+            run = read_run(one)
+            runs.setdefault(run.state.resolve(), run)
+    if not runs:
+        raise ValueError("output_dirs=[]: name at least one output_dir of a Trainer")
+    return [*runs.values()]
+
+
 def read_run(output_dir: Path) -> Run:
     """
     Args:
@@ -196,6 +218,11 @@ def read_run(output_dir: Path) -> Run:
         ValueError: it is none.
     """
     state = _find_state(output_dir)
+    if state is None:
+        raise FileNotFoundError(
+            f"{output_dir}: found neither {STATE} nor checkpoint-N/{STATE}, nor a folder of runs with them. A Trainer "
+            "writes it with each checkpoint (save_strategy) and in trainer.save_state()."
+        )
     # The other files may lie beside the state; or in the folder of the run, or its last checkpoint.
     folders = [state.parent, *_checkpoints(state.parent)]
     if state.parent.name.startswith("checkpoint-"):
@@ -203,7 +230,7 @@ def read_run(output_dir: Path) -> Run:
     return Run(output_dir, state, *_read_state(state), _read_arguments(folders), _read_dtypes(folders))
 
 
-def _find_state(path: Path) -> Path:
+def _find_state(path: Path) -> Path | None:
     """The `trainer_state.json` of an output folder (or else of its last checkpoint), of a checkpoint, or itself."""
     if path.is_file():
         return path.absolute()
@@ -211,13 +238,8 @@ def _find_state(path: Path) -> Path:
         raise FileNotFoundError(
             f"{path}: no such folder or file; expected the output_dir of a Trainer, or its {STATE}"
         )
-    for folder in (path, *_checkpoints(path)):
-        if (folder / STATE).is_file():
-            return (folder / STATE).absolute()
-    raise FileNotFoundError(
-        f"{path}: found neither {STATE} nor checkpoint-N/{STATE}. A Trainer writes it with each checkpoint "
-        "(save_strategy) and in trainer.save_state()."
-    )
+    states = (folder / STATE for folder in (path, *_checkpoints(path)))
+    return next((state.absolute() for state in states if state.is_file()), None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -234,7 +256,8 @@ def _read_state(state: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         return history, {key: content[key] for key in ("global_step", "max_steps", "epoch") if key in content}
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: nested too deeply
         raise ValueError(
-            f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r})"
+            f"{state}: not a trainer state in JSON with log_history and steps in it ({error!r}); name the folder of a "
+            "run, or of several"
         ) from None
 
 

@@ -35,6 +35,7 @@ class SWDCallback(TrainerCallback):
     Warnings, through the logger `hf_swd.trainer`, once per training and on the main process only:
 
     - no decay at all;
+    - a training that ends before `reference_steps`;
     - a decay of more than 1 % of the weights per step (looked at in steps that are powers of two and at every log);
     - a decay of a hundred times `weight_decay` that is hardly meant;
     - at least 90 % of the steps were clipped (looked at from 20 steps on, and at the end; under DeepSpeed, which clips

@@ -30,9 +30,7 @@ _NEARLY_ALL = 0.9
 _ENOUGH_STEPS = 20
 _ENOUGH_LOGS_AT_END = 3
 _OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
-_LIKE_ADAMW = (
-    'optim_args="reference_steps=100", with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)'
-)
+_USUAL_WARM_UP = 100  # steps, for reference_steps; a third of the training if that is less
 
 
 @dataclass
@@ -43,10 +41,24 @@ class _Watch:
     first_step: int
     clips_before: tuple[int, int]
     clips_to: str = ""
-    unclipped: str = ""  # what to set for a schedule by the norm before clipping
+    optim_args: list[str] | None = None  # the items given; `None` if the optimizer was built by the user
     logs: int = 0
     clipped_logs: int = 0
     said: set[str] = field(default_factory=set)
+
+    @property
+    def like_adamw(self) -> dict[str, Any]:
+        """Options with which `weight_decay` has its meaning in AdamW."""
+        return {"reference_steps": max(1, min(_USUAL_WARM_UP, self.state.max_steps // 3))}
+
+    def setting(self, options: dict[str, Any]) -> str:
+        """How to set options, with all else that `optim_args` holds: pasted without, the decay would be another."""
+        if self.optim_args is None:
+            items = (f"{name}={value}" for name, value in options.items())
+            return f"{', '.join(items)} where the optimizer, or its ScheduledWeightDecay, is built"
+        kept = (item for item in self.optim_args if item.partition("=")[0] not in options)
+        items = (f"{name}={str(value).lower()}" for name, value in options.items())
+        return f'optim_args="{",".join([*kept, *items])}"'
 
     def looks_for(self, subject: str) -> bool:
         return self.state.is_world_process_zero and subject not in self.said
@@ -72,7 +84,8 @@ def _begin(watched: Any, state: TrainerState, clips: tuple[int, int] = (0, 0)) -
 def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, args: TrainingArguments) -> None:
     """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded."""
     watch = _begin(schedule, state, schedule.clip_statistics())
-    watch.unclipped = _unclipped(args)
+    if args.optim == "adams":
+        watch.optim_args = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
     optimizer, max_grad_norm = schedule.optimizer, args.max_grad_norm or 0.0
     if largest(optimizer, "initial_weight_decay") == 0:
         watch.warn(
@@ -80,7 +93,14 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, a
             "weight_decay=0 (the default of TrainingArguments) in every parameter group of "
             f"{type(optimizer).__name__}: there is no decay to schedule, and AdamS without decay is plain Adam. Set "
             "weight_decay=5e-4, the paper's value; or AdamW's value (usually 0.01 to 0.1) together with "
-            'optim_args="reference_steps=100".',
+            f"{watch.setting(watch.like_adamw)}.",
+        )
+    elif schedule.reference_steps >= state.max_steps > 0:
+        watch.warn(
+            "all before reference_steps",
+            f"reference_steps={schedule.reference_steps}, and the training has {state.max_steps} steps: up to that "
+            "step weight_decay is what it is in AdamW, so nothing is scheduled. For a schedule, set "
+            f"{watch.setting(watch.like_adamw)}.",
         )
     watch.clips_to = f"max_grad_norm={max_norm:g}"
     if max_norm != max_grad_norm:
@@ -186,11 +206,13 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
         return
     group = max(groups, key=lambda group: float(group["lr"]) * float(group["scheduled_weight_decay"]))
     lr, decay, user_decay = (float(group[key]) for key in ("lr", "scheduled_weight_decay", "initial_weight_decay"))
+    setting = watch.setting(watch.like_adamw)
+    like_adamw = f"{setting}, with which weight_decay has its meaning in AdamW (usually 0.01 to 0.1)"
     if lr * decay > _LARGE_DECAY:
         if schedule.reference_steps:
             remedy = f" ({_LARGE_DECAY / (lr * decay) * user_decay:.2g} would take 1 %)"
         else:
-            remedy = f" (an effective decay of 0.01 is {0.01 * rms:.2g} here), or {_LIKE_ADAMW}"
+            remedy = f" ({0.01 * rms:.2g} gives an effective decay of 0.01 here), or set {like_adamw}"
         watch.warn(
             "large decay",
             f"weight decay takes {100 * lr * decay:.3g} % of the weights at step {step}: learning rate {lr:.3g} * "
@@ -201,7 +223,7 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
         if schedule.reference_steps:
             why = f"the gradient rms has fallen from {schedule.reference_rms:.3g} to {rms:.3g} since reference_steps"
         else:
-            why = f"without reference_steps it is divided by the gradient rms, {rms:.3g}. As in AdamW: {_LIKE_ADAMW}"
+            why = f"without reference_steps it is divided by the gradient rms, {rms:.3g}. Set {like_adamw}"
         watch.warn(
             "large decay",
             f"the effective decay at step {step} is {decay:.3g}, {decay / user_decay:.0f} times "
@@ -231,19 +253,13 @@ def _check_clipping(
         formula = f"weight_decay={user_decay:g} {factor}* sqrt({size:.0f}) / {max_norm:g}"
     else:  # before step `reference_steps`
         constant, formula = user_decay, "weight_decay itself"
+    unclipped = {"unclipped_norm": True}
+    if not schedule.reference_steps and "large decay" in watch.said:
+        unclipped = {**watch.like_adamw, **unclipped}
     watch.warn(
         "clipping",
         f"{clipped} of {seen} {of_what} were clipped to {watch.clips_to}. Clipped gradients all have the "
         f"same norm, so scheduled weight decay becomes constant, about {constant:.3g} ({formula}), as in AdamW with "
         f"weight_decay={constant:.3g}. To let it follow the gradient, raise max_grad_norm above the usual grad_norm "
-        f"of the log (0 clips nothing); or schedule by the norm before clipping: {watch.unclipped}.",
+        f"of the log (0 clips nothing); or schedule by the norm before clipping: {watch.setting(unclipped)}.",
     )
-
-
-def _unclipped(args: TrainingArguments) -> str:
-    """With all else that `optim_args` holds: pasted without reference_steps, it would be another decay altogether."""
-    if args.optim != "adams":  # the optimizer was built by the user, who has no optim_args for it
-        return "unclipped_norm=True where the optimizer, or its ScheduledWeightDecay, is built"
-    given = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
-    kept = [item for item in given if item.partition("=")[0] != "unclipped_norm"]
-    return f'optim_args="{",".join([*kept, "unclipped_norm=true"])}"'

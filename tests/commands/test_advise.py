@@ -88,7 +88,7 @@ def test_decay_and_evaluations_of_a_real_run_are_what_it_did(tmp_path):
     text = said(train(tmp_path / "rarely", max_steps=12, logging_steps=5))
     assert text.startswith(f"{tmp_path / 'rarely'}: 12 steps, {log.epochs / 2:.3g} passes over")
     assert log.dtypes == {"F32": sum(p.numel() for p in tiny_bert().parameters())}
-    assert said(folder).splitlines()[-1].startswith("--optim adamw_torch --weight_decay ")
+    assert said(folder).splitlines()[-1].startswith("Arguments: --optim adamw_torch --weight_decay ")
 
 
 def test_decay_of_adams_is_the_logged_one_and_its_options_are_kept(tmp_path):
@@ -96,8 +96,8 @@ def test_decay_of_adams_is_the_logged_one_and_its_options_are_kept(tmp_path):
     text = said(train(tmp_path, optim_args=options, learning_rate=1e-3))
     state = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     decays = [entry["swd/weight_decay"] for entry in state["log_history"] if "swd/weight_decay" in entry]
-    assert f"Its schedule went from {decays[0]:.3g} to {decays[-1]:.3g}" in text
-    assert re.fullmatch(rf"--optim adams --weight_decay \S+ --optim_args {options}", text.splitlines()[-1])
+    assert f"It was scheduled, from {decays[0]:.3g} to {decays[-1]:.3g}; its mean is " in text
+    assert re.fullmatch(rf"Arguments: --optim adams --weight_decay \S+ --optim_args {options}", text.splitlines()[-1])
 
 
 def test_runs_that_differ_in_more_than_weight_decay_and_seed_are_named(tmp_path):
@@ -106,6 +106,7 @@ def test_runs_that_differ_in_more_than_weight_decay_and_seed_are_named(tmp_path)
     advice = advise([*same, other])
     assert [setting.weight_decay for setting in advice.settings] == [1, 2, 3]
     (left_out,) = [line for line in advice.lines if line.startswith("Left out")]
+    assert advice.left_out == [left_out]
     assert left_out == f"Left out: {other} (learning_rate=0.0001, not {arguments(tmp_path).learning_rate})."
 
 
@@ -118,7 +119,9 @@ def test_model_that_overfits_gets_a_decay_that_acts(tmp_path):
     assert "It overfits: the evaluation loss was lowest at step 100 (1.9), and has risen to 2.2 since" in text
     assert "while the training loss went from 1.4 to 0.65" in text
     assert "Decay took 18.1 % of the weights" in text  # 200 steps x 1e-2 x 0.1
-    assert proposed(text) * 1e-2 * 200 >= 1.5 and text.splitlines()[-1].startswith("--optim adamw_torch_fused ")
+    assert proposed(text) * 1e-2 * 200 >= 1.5 and text.splitlines()[-1].startswith(
+        "Arguments: --optim adamw_torch_fused "
+    )
     assert text.startswith(f"{tmp_path}: 200 steps, 20 passes over the training data")
 
 
@@ -126,14 +129,17 @@ def test_nothing_speaks_for_another_decay(tmp_path):
     fitted = write(tmp_path / "fitted", [2.0, 1.9], [1.6] * 10, weight_decay=0.1, **ADAMW)
     one_pass = write(tmp_path / "one", [2.0, 1.9], [0.5] * 10, epochs=1.0, weight_decay=0.1, **ADAMW)
     for run in (fitted, one_pass):
-        assert "Stop here, at 0.1: nothing speaks for another weight decay" in said(run)
+        assert "Keep 0.1: nothing speaks for another weight decay" in said(run)
         assert proposed(said(run)) == 0.1
+        assert "It does not overfit: the evaluation loss ends at its lowest (1.9)." in said(run)
     assert "No sample was seen twice" in said(one_pass)
+    nearly = write(tmp_path / "nearly", [2.0, 1.9, 1.905], [1.6] * 10, weight_decay=0.1, **ADAMW)
+    assert "It does not overfit: the evaluation loss ends 0.26 % above its lowest (1.905)." in said(nearly)
 
 
 def test_too_weak_and_too_strong_decays_are_told(tmp_path):
     weak = write(tmp_path / "weak", [2.0, 1.9], [1.8] * 10, weight_decay=0.01, **ADAMW)
-    assert "Decay took 1.98 % of the weights in all, too little to matter" in said(weak)
+    assert "Decay took 1.98 % of the weights in all: too little to matter" in said(weak)
     strong = write(tmp_path / "strong", [2.0, 1.9], [1.88] * 10, weight_decay=5.0, **ADAMW)
     assert proposed(said(strong)) <= 2.5
 
@@ -152,6 +158,9 @@ def test_unclipped_norm_is_told_in_words_only(tmp_path):
     assert "10 of 10 logged steps were clipped to 1, so a schedule by the clipped gradient is constant" in text
     assert "unclipped_norm" in text and "unclipped_norm" not in text.splitlines()[-1]
     assert "were clipped" not in said(write(tmp_path, [1.9, 2.2], weight_decay=0.1, **{**ADAMW, "max_grad_norm": 1.0}))
+    settings = {"optim": "adams", "max_grad_norm": 1.0, "optim_args": "reference_steps=20, unclipped_norm=True"}
+    has_it = write(tmp_path, [1.9, 2.2], norm=3.0, extra={"swd/weight_decay": 0.1}, weight_decay=0.1, **settings)
+    assert "were clipped" not in said(has_it) and "It was scheduled" in said(has_it)
 
 
 def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
@@ -160,8 +169,15 @@ def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
     sgd = said(write(tmp_path / "sgd", [2.0, 1.9], **{**ADAMW, "optim": "sgd", "weight_decay": 0.1}))
     assert "sgd is not known to have decoupled and constant decay" in sgd
     blind = said(write(tmp_path / "blind", [], weight_decay=0.1, **ADAMW))
-    assert "the log has no eval_loss of a known weight_decay (eval_strategy)" in blind
-    assert blind.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 0.1"
+    assert blind.splitlines()[-1] == (
+        "No weight decay can be judged: the model was not evaluated during the training; add --eval_strategy steps "
+        "--eval_steps 20."
+    )
+    assert unknown.splitlines()[-1] == (
+        "No weight decay can be judged: training_args.bin, which has it, is missing or damaged."
+    )
+    none = {"optim": "adams", "weight_decay": 0.0, "extra": {"swd/weight_decay": 0.0}}
+    assert "scheduled" not in said(write(tmp_path / "none", [], **none))
     once = said(write(tmp_path / "once", [1.9], weight_decay=0.1, **ADAMW))
     assert "Whether it overfits is not known" in once
 
@@ -259,7 +275,7 @@ def test_seeds_are_averaged_and_what_they_differ_by_ends_the_search(tmp_path):
     assert [len(setting.values) for setting in noisy.settings] == [2, 2, 2]
     assert quiet.proposal.weight_decay is not None and noisy.proposal.weight_decay is None
     assert "Seeds differ by 0.14 (standard deviation)." in "\n".join(noisy.lines)
-    assert noisy.lines[-2].startswith("Stop here, at 2:") and proposed("\n".join(noisy.lines)) == 2
+    assert noisy.lines[-2].startswith("Keep 2:") and proposed("\n".join(noisy.lines)) == 2
 
 
 def test_two_runs_alike_in_decay_and_seed_are_not_taken_for_two_seeds(tmp_path):
@@ -366,10 +382,29 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     folders = [str(folder) for folder in grid(tmp_path, {0.5: 2.0, 2.0: 1.9, 8.0: 2.2})]
     assert main(["advise", *folders]) == 0
     output = capsys.readouterr().out
-    assert output.splitlines()[-1] == "--optim adamw_torch_fused --weight_decay 1.4"
+    assert output.splitlines()[-1] == "Arguments: --optim adamw_torch_fused --weight_decay 1.4"
     monkeypatch.chdir(tmp_path)
     assert main(["advise", "2.0-0"]) == 0
     assert capsys.readouterr().out.startswith("2.0-0: 200 steps")
+
+
+def test_folder_of_runs_is_its_runs(tmp_path, capsys):
+    """As compare_optimizers.py and hyperparameter_search leave it."""
+    folders = grid(tmp_path / "runs", {0.5: 2.0, 2.0: 1.9})
+    (tmp_path / "runs" / "results.csv").write_text("weight_decay\n")
+    (tmp_path / "runs" / "empty").mkdir()
+    assert advise([tmp_path / "runs"]).lines == advise(folders).lines
+    assert advise([tmp_path / "runs", folders[0]]).lines == advise(folders).lines
+    assert main(["advise", str(tmp_path / "runs" / "results.csv")]) == 1
+    assert "name the folder of a run, or of several" in capsys.readouterr().err
+    assert main(["advise", str(tmp_path / "runs" / "empty")]) == 1
+    assert "nor a folder of runs with them" in capsys.readouterr().err
+
+
+def test_metric_of_one_run_is_told(tmp_path):
+    evaluations = [{"eval_loss": 2.0, "eval_accuracy": 0.5}, {"eval_loss": 1.9, "eval_accuracy": 0.625}]
+    text = said(write(tmp_path, evaluations, FITTED, weight_decay=0.1, **ADAMW), metric="accuracy")
+    assert "eval_accuracy is 0.625; one run does not tell" in text
 
 
 def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, capsys, monkeypatch):
@@ -384,11 +419,16 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     lines = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
-    assert lines["runs"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
+    assert lines["AdamW, one run each"].tolist() == [[0.5, 2.0], [2.0, 1.9], [8.0, 2.2]]
     assert lines["next: 1.4"][0][0] == 1.4
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.5", "1.4", "2", "8"]
+    (band,) = (patch for patch in axes.patches if patch.get_label() == "as good as the best, within noise")
+    noise = 0.005 * (2.0 + 1.9 + 2.2) / 3
+    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([1.9 - noise, 1.9 + noise])
     colours = {line.get_label(): line.get_color().upper() for line in drawn[0].axes[0].lines}
-    assert colours["runs"] == "#D55E00"  # AdamW's in all pictures
-    assert len({colours[name] for name in ("runs", "parabola", "next: 1.4")}) == 3
+    assert colours["AdamW, one run each"] == "#D55E00"  # AdamW's in all pictures
+    assert len({colours[name] for name in ("AdamW, one run each", "parabola", "next: 1.4")}) == 3
     box, panel = (part.get_window_extent() for part in (drawn[0].legends[0], drawn[0].axes[0]))
     assert box.y1 < panel.y0  # below it, where no line passes
     for decay, loss in ((0.5, 2.0), (8.0, 2.2)):  # through its points
@@ -396,15 +436,19 @@ def test_plot_against_weight_decay_shows_runs_parabola_and_the_next(tmp_path, ca
     assert min(y for _, y in lines["parabola"]) < 1.9
     folders = [str(folder) for folder in grid(tmp_path / "none", {0.0: 1.9, 0.5: 2.0, 2.0: 2.1})]
     assert main(["plot", *folders, "--against", "weight_decay"]) == 0
-    (stop,) = (line for line in drawn[1].axes[0].lines if "stop here" in line.get_label())
-    assert stop.get_label() == "stop here: 0" and [*stop.get_ydata()] == [1.9, 1.9]
+    (stop,) = (line for line in drawn[1].axes[0].lines if "keep" in line.get_label())
+    assert stop.get_label() == "keep: 0" and [*stop.get_ydata()] == [1.9, 1.9]
     none = next(line for line in drawn[1].axes[0].lines if line.get_label() == "no weight decay")
     assert [*none.get_ydata()] == [1.9, 1.9] and none.get_linewidth() < stop.get_linewidth()
     assert none.get_zorder() > stop.get_zorder()  # so that both are seen
     folders = [str(folder) for folder in grid(tmp_path / "seeds", {0.5: (2.0, 2.1), 2.0: 1.9})]
     assert main(["plot", *folders, "--against", "weight_decay"]) == 0
-    (mean,) = (line for line in drawn[2].axes[0].lines if line.get_label() == "mean over the seeds")
+    (mean,) = (line for line in drawn[2].axes[0].lines if line.get_label() == "AdamW, mean over the seeds")
     assert mean.get_ydata() == pytest.approx([2.05, 1.9])
+    capsys.readouterr()
+    other = str(write(tmp_path / "other", [2.0], **{**ADAMW, "learning_rate": 1.0}, weight_decay=1.0))
+    assert main(["plot", *folders, other, "--against", "weight_decay"]) == 0
+    assert capsys.readouterr().err == f"Left out: {other} (learning_rate=1.0, not None).\n"
     assert main(["plot", str(write(tmp_path / "blind", [], **ADAMW)), "--against", "weight_decay"]) == 1
     assert "no run has an evaluation" in capsys.readouterr().err
 
@@ -452,7 +496,7 @@ def test_no_step_is_proposed_that_takes_a_tenth_of_the_weights(tmp_path):
     text = said(write(tmp_path / "strong", OVERFITTED, FITTED, weight_decay=8.0, **ADAMW))
     assert proposed(text) == 10 and "more than 10 % of the weights in a step" in text
     text = said(write(tmp_path / "stronger", OVERFITTED, FITTED, weight_decay=50.0, **ADAMW))
-    assert proposed(text) == 50 and "Stop here, at 50: a stronger one would take" in text
+    assert proposed(text) == 50 and "Keep 50: a stronger one would take" in text
 
 
 def test_infinity_in_one_log_is_not_the_end(tmp_path):
@@ -471,8 +515,8 @@ def test_several_evaluation_datasets(tmp_path):
         state["log_history"].append({"step": step, "eval_b_loss": loss})
     state["log_history"].sort(key=lambda entry: entry["step"])
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    assert "the log has no eval_loss of a known weight_decay (--metric takes eval_a_loss, eval_b_loss)" in said(folder)
-    assert "fell to the end (0.9)" in said(folder, metric="a_loss")
+    assert "judged: no finite eval_loss was logged; --metric takes eval_a_loss, eval_b_loss." in said(folder)
+    assert "ends at its lowest (0.9)" in said(folder, metric="a_loss")
     text = said(folder, metric="b_loss")
     assert "It overfits: the evaluation loss was lowest at step 100 (1.8)" in text, text
     assert proposed(text) > 0.1

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from hf_utils import arguments, distance, flat, sentences, tiny_bert, train
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainerState
 
 import hf_swd
 from hf_swd import AdamS, ScheduledWeightDecay, SWDCallback, SWDTrainer, create_adams
+from hf_swd.trainer.watch import _Watch
 
 
 DECAY, RMS = "swd/weight_decay", "swd/grad_rms"
@@ -504,7 +505,7 @@ def test_no_decay_warns_that_this_is_adam(tmp_path, caplog, trainer_class):
         "weight_decay=0" in message
         and "plain Adam" in message
         and "5e-4" in message
-        and "reference_steps=100" in message
+        and 'optim_args="reference_steps=2"' in message  # a third of the training
     )
     adam = train(tmp_path, optim="adamw_torch_fused", optim_args=None, weight_decay=0.0)
     assert distance(trainer, adam) < 1e-6
@@ -520,14 +521,16 @@ def test_large_decay_warns_with_numbers(tmp_path, caplog):
         f"takes {percent:.3g} % of the weights at step 1: learning rate 0.001 * effective decay {first[DECAY]:.3g}"
         in message
     )
-    assert f"weight_decay=0.1 at a gradient rms of {first[RMS]:.3g}" in message and "reference_steps=100" in message
+    assert f"weight_decay=0.1 at a gradient rms of {first[RMS]:.3g}" in message
+    assert 'optim_args="reference_steps=2"' in message
+    assert f"({0.01 * first[RMS]:.2g} gives an effective decay of 0.01 here)" in message
 
 
 def test_large_decay_is_noticed_without_logs_and_with_a_reference(tmp_path, caplog):
     train(tmp_path, weight_decay=20.0, logging_strategy="no", max_steps=8, warmup_steps=4)
     (message,) = messages(caplog)
     assert "at step 4" in message and "10 would take 1 %" not in message and "would take 1 %" in message
-    assert "reference_steps=100" not in message
+    assert "reference_steps=" not in message
 
 
 @both_trainers
@@ -590,6 +593,34 @@ def test_remedy_against_clipping_shows_all_of_optim_args(tmp_path, caplog, optim
     assert f'optim_args="{shown}"' in message
     caplog.clear()
     train(tmp_path, optim_args=shown, weight_decay=5e-4, max_steps=4, max_grad_norm=0.05)
+    assert messages(caplog) == []
+
+
+def test_remedies_of_two_warnings_are_one(tmp_path, caplog):
+    """The second to be pasted does not take back what the first has mended."""
+    changes = {"weight_decay": 0.01, "max_steps": 24, "max_grad_norm": 1e-3}
+    train(tmp_path, optim_args=None, **changes)
+    decay, clipping = messages(caplog)
+    assert 'set optim_args="reference_steps=8", with which' in decay
+    assert 'optim_args="reference_steps=8,unclipped_norm=true"' in clipping
+    caplog.clear()
+    train(tmp_path, optim_args="reference_steps=8,unclipped_norm=true", **changes)
+    assert messages(caplog) == []
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(1200, 100), (60, 20), (2, 1)])
+def test_reference_steps_that_are_proposed_leave_most_of_the_training_to_the_schedule(max_steps, steps):
+    assert _Watch(TrainerState(max_steps=max_steps), 0, (0, 0)).like_adamw == {"reference_steps": steps}
+
+
+@both_trainers
+def test_training_that_ends_before_reference_steps(tmp_path, caplog, trainer_class):
+    train(tmp_path, trainer_class, optim_args="amsgrad=true,reference_steps=6", max_steps=6)
+    (message,) = messages(caplog)
+    assert message.startswith("reference_steps=6, and the training has 6 steps")
+    assert 'set optim_args="amsgrad=true,reference_steps=2".' in message
+    caplog.clear()
+    train(tmp_path, trainer_class, optim_args="reference_steps=5", max_steps=6)
     assert messages(caplog) == []
 
 
