@@ -32,16 +32,16 @@ _choose_torch_index() {
     local cpu_builds=https://download.pytorch.org/whl/cpu
     index=default
     if [ "$(uname -s)" != Linux ]; then
-        why="of pip's index"
+        why="from pip's index"
     elif command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia/version ]; then
-        why="of pip's index, with CUDA: there is an NVIDIA driver; HF_SWD_TORCH_INDEX chooses another build"
+        why="from pip's index, with CUDA: there is an NVIDIA driver; HF_SWD_TORCH_INDEX chooses another index"
     elif python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" \
         "$cpu_builds/torch/" >/dev/null 2>&1; then
         index=$cpu_builds
-        why="for CPU: there is no NVIDIA driver; HF_SWD_TORCH_INDEX chooses another build"
+        why="for CPU: there is no NVIDIA driver; HF_SWD_TORCH_INDEX chooses another index"
     else
-        why="of pip's index: there is no NVIDIA driver, but $cpu_builds cannot be reached; HF_SWD_TORCH_INDEX chooses \
-another build"
+        why="from pip's index, since PyTorch's builds for CPU at $cpu_builds cannot be reached; HF_SWD_TORCH_INDEX \
+chooses another index"
     fi
 }
 

@@ -21,7 +21,6 @@ import argparse
 import ast
 import json
 import math
-import operator
 import os
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from hf_swd.commands.plot import name_of, plot_runs
+from hf_swd.commands.run_log import read_run
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -47,6 +47,7 @@ SHARED = (
 ).split()
 # Arguments of the scripts that name data; without one, the data are those that need no download.
 SOURCES = {"--dataset_name", "--train_file", "--train_dir", "--task_name"}
+SECONDS_BETWEEN_LINES = 30
 FEW_RUNS = 6  # that training.png shows all of
 
 
@@ -166,7 +167,7 @@ class RunError(RuntimeError):
 
 
 class Progress:
-    """A bar for a run, moved by what its Trainer prints at every log."""
+    """Of a run, by what its Trainer prints at every log: a bar, or lines where stderr is a file."""
 
     def __init__(self, title: str, options: list[str]) -> None:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -176,9 +177,9 @@ class Progress:
         given, _ = parser.parse_known_args(options)
         self._epochs = given.num_train_epochs if given.max_steps < 0 else None
         self._per_log = given.logging_steps / given.max_steps
+        self._title, self._done, self._last_line = title, 0.0, time.monotonic()
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        interval = 1 if sys.stderr.isatty() else 30  # seconds; a file would get a line each time
-        self._bar = tqdm(total=1.0, desc=title, bar_format=shown, leave=False, mininterval=interval)
+        self._bar = tqdm(total=1.0, desc=title, bar_format=shown, leave=False, mininterval=1, disable=None)
 
     def __enter__(self) -> Progress:
         return self
@@ -190,9 +191,14 @@ class Progress:
         if not line.startswith("{'loss'"):
             return
         logged = ast.literal_eval(line)
-        done = self._bar.n + self._per_log if self._epochs is None else float(logged["epoch"]) / self._epochs
-        self._bar.set_postfix_str(f"loss {float(logged['loss']):#.3g}", refresh=False)
-        self._bar.update(min(done, 1.0) - self._bar.n)
+        done = self._done + self._per_log if self._epochs is None else float(logged["epoch"]) / self._epochs
+        self._done, loss = min(done, 1.0), f"loss {float(logged['loss']):#.3g}"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(loss, refresh=False)
+            self._bar.update(self._done - self._bar.n)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self._title}: {100 * self._done:.0f} %, {loss}", file=sys.stderr, flush=True)
 
 
 def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
@@ -200,8 +206,7 @@ def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logs = [entry for entry in history if "grad_norm" in entry]
     evaluations = [entry[metric.key] for entry in history if metric.key in entry] or [results[metric.key]]
-    decays = [entry.get("swd/weight_decay", run.weight_decay) for entry in logs]
-    rates = [entry["learning_rate"] for entry in logs]
+    mean_decay = read_run(folder).mean_decay
     return {
         "optimizer": run.optimizer,
         "weight_decay": run.weight_decay,
@@ -213,11 +218,8 @@ def result_of(run: Run, folder: Path, metric: Measure) -> dict[str, Any]:
         "final_train_loss": statistics.fmean(entry["loss"] for entry in logs[-NUM_LAST_LOGS:]),
         "final_grad_norm": statistics.fmean(entry["grad_norm"] for entry in logs[-NUM_LAST_LOGS:]),
         "weight_norm": weight_norm(folder),
-        # What has shrunk the weights is the sum of learning rate times decay.
-        "mean_weight_decay": sum(map(operator.mul, rates, decays)) / sum(rates)
-        if sum(rates)
-        else statistics.fmean(decays),
-        "final_weight_decay": decays[-1],
+        "mean_weight_decay": run.weight_decay if mean_decay is None else mean_decay,
+        "final_weight_decay": logs[-1].get("swd/weight_decay", run.weight_decay),
         "train_runtime": results["train_runtime"],
     }
 
@@ -323,6 +325,7 @@ def main() -> None:
     print(f"{output_dir}: all numbers in results.md, curves in {', '.join(['training.png', *drawn])}")
     for sentence in verdict(results):
         print(sentence)
+    print(f"The weight decay to try next: hf-swd advise {output_dir}")
 
 
 if __name__ == "__main__":

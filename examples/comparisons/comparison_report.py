@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from hf_swd.commands.forecast import CONSTANTS
 from hf_swd.commands.plot import name_of, styles_of
 
 
@@ -206,40 +207,46 @@ def verdict(results: Results) -> list[str]:
     if not others:
         return lines
 
-    def gap(optimizer: str) -> float:
-        means = results.means[metric.key]
-        return abs(means[optimizer, best[optimizer]] - means[reference, best[reference]])
+    means = results.means[metric.key]
 
-    other = max(others, key=gap)
-    pair = ((other, best[other]), (reference, best[reference]))
-    norms = results.means["final_grad_norm"]
-    ratio = norms[pair[0]] / norms[pair[1]] - 1
-    lines.append(
-        f"{_name(*pair[0])} ended with a gradient norm {100 * abs(ratio):.0f} % {'higher' if ratio > 0 else 'lower'} "
-        f"than {_name(*pair[1])}."
-    )
-    found = results.difference(*pair)
+    def ahead(optimizer: str) -> float:
+        """By how much it is better than the reference, each with its best weight decay."""
+        difference = means[optimizer, best[optimizer]] - means[reference, best[reference]]
+        return difference if metric.larger_is_better else -difference
+
+    other = max(others, key=lambda optimizer: abs(ahead(optimizer)))
+    strength, schedule = means[reference].max() - means[reference].min(), abs(ahead(other))
+    if math.isnan(schedule):
+        return lines
+    one, two = (other, best[other]), (reference, best[reference])
+    found = results.difference(one, two)
     error = math.nan if found is None else found[1][metric.key]
-    noise = (
-        "One seed each: small differences may be chance."
-        if math.isnan(error)
-        else f"Two standard errors over the seeds are {2 * error:.2g}."
-    )
-    means = results.means.loc[reference, metric.key]
-    strength, schedule = means.max() - means.min(), gap(other)
+    if math.isnan(error):
+        noise = CONSTANTS.noise * abs(means.mean())
+        source = f"One seed each: differences below {noise:.2g} ({100 * CONSTANTS.noise:g} %) may be chance."
+    else:
+        noise = 2 * error
+        source = f"Two standard errors over the seeds are {noise:.2g}."
+
+    ended = f"{schedule:.2g} {'better' if ahead(other) > 0 else 'worse'} than" if schedule > noise else "as well as"
+    norms = results.means["final_grad_norm"]
+    ratio = norms[one] / norms[two] - 1  # says nothing of the optimizers where their weight decays differ
+    norm = f", with a gradient norm {100 * abs(ratio):.0f} % {'higher' if ratio > 0 else 'lower'}"
+    lines.append(f"{_name(*one)} ended {ended} {_name(*two)}{norm if one[1] == two[1] else ''}.")
+
     what = "its schedule" if all(name.startswith("adams") for name in others) else "the optimizer"
     of_strength, of_other = f"(a difference of {strength:.2g})", f"({schedule:.2g})"
-    if max(strength, schedule) < 2 * error:
+    if len(results.grids[reference]) < 2:
+        return [*lines, source]
+    if max(strength, schedule) <= noise:
         decides = f"Neither the strength of the decay {of_strength} nor {what} {of_other} stands out from chance here."
-    elif len(means) < 2:
-        decides = f"{_name(*pair[0])} and {_name(*pair[1])} differ by {schedule:.2g}."
     elif strength >= DECIDES * schedule:
         decides = f"The strength of the decay decides here {of_strength}, not {what} {of_other}."
     elif schedule >= DECIDES * strength:
         decides = f"Not the strength of the decay decides here {of_strength}, but {what} {of_other}."
     else:
         decides = f"The strength of the decay {of_strength} and {what} {of_other} weigh alike here."
-    return [*lines, f"{decides} {noise}"]
+    return [*lines, f"{decides} {source}"]
 
 
 def _name(optimizer: str, decay: float) -> str:

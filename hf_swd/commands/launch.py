@@ -104,7 +104,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     for command in (plot, advise):
         command.add_argument(
-            "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a trainer_state.json"
+            "output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a Trainer, or a folder of several"
         )
         command.add_argument(
             "--metric",

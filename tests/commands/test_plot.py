@@ -215,6 +215,14 @@ def test_a_steep_beginning_does_not_take_the_axis(tmp_path, figures, values, lim
     assert upper == pytest.approx(limit) if limit else upper > max(values)
 
 
+def test_a_short_run_beside_a_long_one_is_all_seen(tmp_path, figures):
+    """It lies within the first tenth of the other, which is not its own beginning."""
+    long = write_state(tmp_path / "long", log_of([50.0, 20.0] + [2.0, 1.0] * 9))
+    short = write_state(tmp_path / "short", [{**entry, "step": 1} for entry in log_of([9.0])])
+    plot_runs([long, short])
+    assert 9.0 < figures[0].axes[0].get_ylim()[1] < 20.0
+
+
 def test_runs_differ_in_colour_and_in_line_style(tmp_path, figures):
     folders = [write_state(tmp_path / str(index), log_of([1.0, 2.0])) for index in range(9)]
     plot_runs(folders)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_optimizers
 import pandas as pd
 import pytest
 import torch
@@ -146,9 +147,9 @@ def test_verdict_says_in_three_sentences_what_decided():
     assert verdict(results(rows, LOSS)) == [
         "Validation loss at the end (lower is better): AdamW 0.1: 2.11 (it overfits: 1.97 at its best), AdamW 2: "
         "1.90, AdamS 2: 1.93.",
-        "AdamS 2 ended with a gradient norm 13 % lower than AdamW 2.",
+        "AdamS 2 ended 0.031 worse than AdamW 2, with a gradient norm 13 % lower.",
         "The strength of the decay decides here (a difference of 0.22), not its schedule (0.031). One seed each: "
-        "small differences may be chance.",
+        "differences below 0.0099 (0.5 %) may be chance.",
     ]
 
 
@@ -176,14 +177,33 @@ def test_verdict_weighs_strength_against_schedule(weak, strong, adams, said):
         for seed in (0, 1)
         for setting, loss in ((("adamw", 0.1), weak), (("adamw", 2.0), strong), (("adams", 2.0), adams))
     ]
-    *_, last = verdict(results(rows, LOSS))
+    *_, ended, last = verdict(results(rows, LOSS))
     assert last.startswith(said) and "standard errors over the seeds are 0.04." in last
+    # At another weight decay, the gradient norm tells nothing of the optimizer.
+    assert ("gradient norm" in ended) == ("AdamW 2" in ended)
+
+
+def test_verdict_takes_noise_for_noise():
+    """One seed each, on a text where nothing mattered; the gradient norms are of other weight decays."""
+    rows = [
+        loss_row("adamw", 0.1, 0, 1.294, grad_norm=1.4),
+        loss_row("adamw", 1.0, 0, 1.299, grad_norm=2.2),
+        loss_row("adams:reference_steps=100", 1.0, 0, 1.293, grad_norm=2.0),
+    ]
+    _, ended, last = verdict(results(rows, LOSS))
+    assert ended == "AdamS 1 ended as well as AdamW 0.1."
+    assert last == (
+        "Neither the strength of the decay (a difference of 0.005) nor its schedule (0.001) stands out from chance "
+        "here. One seed each: differences below 0.0065 (0.5 %) may be chance."
+    )
 
 
 def test_verdict_of_a_single_setting_or_optimizer_compares_nothing():
     assert verdict(results([row("adams", 1.0, 0, 0.5)])) == []
     (line,) = verdict(results([row("adams", 1.0, 0, 0.5), row("adams", 2.0, 0, 0.6)]))
     assert line == "Accuracy at the end (higher is better): AdamS 1: 0.500, AdamS 2: 0.600."
+    (line,) = verdict(results([row("adamw", 1.0, 0, 0.5), row("adams", 1.0, 0, math.nan)]))
+    assert line.endswith("AdamW 1: 0.500, AdamS 1: nan.")
 
 
 def test_a_curve_needs_three_values(tmp_path):
@@ -193,13 +213,23 @@ def test_a_curve_needs_three_values(tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--max_steps", "40", "--logging_steps", "10"], ["--num_train_epochs", "2"]])
-def test_progress_of_a_run_is_that_of_its_logs(options):
+def test_progress_of_a_run_is_that_of_its_logs(options, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress("title", options) as progress:
         for number in range(1, 5):
             progress.read(f"{{'loss': '{5 - number}', 'epoch': '{0.5 * number}'}}\n")
             progress.read("a warning of something\n")
             assert progress._bar.n == pytest.approx(number / 4)
         assert progress._bar.postfix == "loss 1.00"
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0, ["title: 50 %, loss 2.00", "title: 100 %, loss 1.00"]), (30, [])])
+def test_progress_of_a_run_in_a_file_is_lines(monkeypatch, capsys, seconds, lines):
+    monkeypatch.setattr(compare_optimizers, "SECONDS_BETWEEN_LINES", seconds)
+    with Progress("title", ["--max_steps", "40", "--logging_steps", "20"]) as progress:
+        for loss in (2, 1):
+            progress.read(f"{{'loss': '{loss}', 'epoch': '1'}}\n")
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_result_of_a_run(tmp_path):
@@ -217,7 +247,7 @@ def test_result_of_a_run(tmp_path):
     save_file({"v": torch.full((2, 1), 3.0)}, tmp_path / "model-00002-of-00002.safetensors")
     result = result_of(Run("adams:reference_steps=1", 4.0, 0), tmp_path, LOSS)
     expected = {"eval_loss": 2.5, "best_eval_loss": 1.5, "final_grad_norm": 3.0, "final_train_loss": 2.0}
-    expected |= {"weight_norm": 6.0, "mean_weight_decay": (0.3 * 4 + 0.1 * 2) / 0.4, "final_weight_decay": 2.0}
+    expected |= {"weight_norm": 6.0, "mean_weight_decay": 1.9 / 0.5, "final_weight_decay": 2.0}
     assert {key: result[key] for key in expected} == pytest.approx(expected)
     constant = result_of(Run("adamw", 0.5, 0), tmp_path, LOSS)
     assert constant["mean_weight_decay"] == result["mean_weight_decay"]  # what the log says
