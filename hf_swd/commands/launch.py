@@ -99,7 +99,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "advise",
         help="say which weight decay to try next, from one or several finished runs",
         description="Says of finished runs, with AdamS, AdamW or another optimizer, whether weight decay mattered and "
-        "which to try next. Runs that differ in weight decay and seed are compared with each other. The last line is "
+        "which to try next. Runs that differ in weight decay and seed are compared with each other. The last line has "
         "arguments for the next run.",
     )
     for command in (plot, advise):
