@@ -156,6 +156,8 @@ class Run:
     @property
     def mean_decay(self) -> float | None:
         """Weighted by the learning rate: the constant decay that would shrink the weights as much."""
+        if self.decays and len(set(self.decays)) == 1:
+            return self.decays[0]  # without the rounding of sums
         total, rates = self.total_decay, self.sum_of_rates
         return total / rates if total is not None and rates else None
 
