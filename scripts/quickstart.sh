@@ -47,5 +47,5 @@ source $venv/bin/activate
 python examples/comparisons/compare_optimizers.py --task lm --seeds 0 1 2 --jobs 2 --optimizer adamw 0.1 1 3 \\
     --optimizer adams:reference_steps=100 1 3 --output_dir outputs/mine -- --train_file YOUR_TEXT.txt
 
-And for a Trainer of your own, AdamW's too, the weight decay to try next: hf-swd advise ITS_OUTPUT_FOLDER
+And for runs of a Trainer of your own, AdamW's too, hf-swd advise ITS_OUTPUT_FOLDER says what to try next.
 NEXT

@@ -325,7 +325,7 @@ def main() -> None:
     print(f"{output_dir}: all numbers in results.md, curves in {', '.join(['training.png', *drawn])}")
     for sentence in verdict(results):
         print(sentence)
-    print(f"The weight decay to try next: hf-swd advise {output_dir}")
+    print(f"Which weight decay to try next is said by: hf-swd advise {output_dir}")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def verdict(results: Results) -> list[str]:
     found = results.difference(one, two)
     error = math.nan if found is None else found[1][metric.key]
     if math.isnan(error):
-        noise = CONSTANTS.noise * abs(means.mean())
+        noise = CONSTANTS.noise * abs(means[reference].mean())
         source = f"One seed each: differences below {noise:.2g} ({100 * CONSTANTS.noise:g} %) may be chance."
     else:
         noise = 2 * error
@@ -235,7 +235,8 @@ def verdict(results: Results) -> list[str]:
     lines.append(f"{_name(*one)} ended {ended} {_name(*two)}{norm if one[1] == two[1] else ''}.")
 
     what = "its schedule" if all(name.startswith("adams") for name in others) else "the optimizer"
-    of_strength, of_other = f"(a difference of {strength:.2g})", f"({schedule:.2g})"
+    over = "" if few else f" over the weight decays of {name_of(reference.partition(':')[0])}"
+    of_strength, of_other = f"(a difference of {strength:.2g}{over})", f"({schedule:.2g})"
     if len(results.grids[reference]) < 2:
         return [*lines, source]
     if max(strength, schedule) <= noise:

@@ -29,6 +29,8 @@ _IRRELEVANT = tuple(
 _LESS_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "bpc", "bpb", "error", "wer", "cer", "mse", "mae")
 _NO_METRICS = ("_runtime", "_per_second", "_time")
 _DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
+_USUAL = 0.01  # weight decay of AdamW
+_MANY_TIMES = 100  # weight_decay is hardly meant to act
 _SO_FAR = "in any task that was tried"
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
 
@@ -119,7 +121,8 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
     left_out += [_left_out(run, lost) for run in same if settings and run not in judged]
     lines = [_head(judged or same), *map(_broken, filter(lambda run: run.broken, same)), *left_out]
     if not settings:
-        return Advice([*lines, *_decay_of(same[-1]), _unjudged(same, judge)], left_out, judge, [])
+        misread = _misread(same[-1])
+        return Advice([*lines, *_decay_of(same[-1]), _unjudged(same, judge), *misread], left_out, judge, [])
     best = min(settings, key=lambda setting: setting.loss)
     shown = best.runs[0]
     deviation, source = _noise(settings)
@@ -132,7 +135,10 @@ def advise(output_dirs: Sequence[str | os.PathLike[str]], metric: str | None = N
         lines += [f"{source} Of the best, weight decay {best.weight_decay:g}:"]
     elif judge.key != judge.loss:
         lines += [f"{judge.key} is {best.mean:.4g}; one run does not tell how weight decay changes it."]
-    lines += [*_fit_of(shown, judge.loss), *_decay_of(shown), *_conclusion(proposal, best, noise)]
+    lines += [*_fit_of(shown, judge.loss), *_decay_of(shown)]
+    if len(judged) == 1 and (misread := _misread(shown)):
+        return Advice([*lines, *misread], left_out, judge, settings, noise, Proposal(best.weight_decay, "misread"))
+    lines += _conclusion(proposal, best, noise)
     chosen = best.weight_decay if proposal.weight_decay is None else proposal.weight_decay
     return Advice([*lines, _arguments(shown, chosen)], left_out, judge, settings, noise, proposal)
 
@@ -327,7 +333,8 @@ def _fit_of(run: Run, loss: str) -> list[str]:
         lines = [f"It overfits: the evaluation loss {rose}{went}."]
     if gap is not None:
         usual = f"at the best weight decay of other tasks that was about {100 * CONSTANTS.gap:.0f} %"
-        lines.append(f"The training loss ends {100 * gap:.0f} % below it; {usual}.")
+        side = "below" if gap >= 0 else "above"
+        lines.append(f"The training loss ends {100 * abs(gap):.0f} % {side} it; {usual}.")
     elif run.is_one_pass:
         lines.append("No sample was seen twice, so there is little that it could have learnt by heart.")
     return lines
@@ -349,6 +356,8 @@ def _decay_of(run: Run) -> list[str]:
     decays = run.column("swd/weight_decay")
     if decays and total:
         lines.append(f"It was scheduled, from {decays[0]:.3g} to {decays[-1]:.3g}; its mean is {run.mean_decay:.3g}.")
+    if decays and total and len({f"{decay:.3g}" for decay in decays}) == 1:
+        lines[-1] = f"It was {decays[0]:.3g} in every logged step: nothing was scheduled."
     lines += _rounding_of(run)
     norms, limit = run.column("grad_norm"), run.number("max_grad_norm")
     clipped = sum(norm > limit for norm in norms) if limit else 0
@@ -397,8 +406,24 @@ def _unjudged(runs: Sequence[Run], metric: Metric) -> str:
         reason = f"no finite {metric.key} was logged; --metric takes {', '.join(keys)}"
     else:
         tenth = max(1, runs[-1].planned_steps // 10)
-        reason = f"the model was not evaluated during the training; add --eval_strategy steps --eval_steps {tenth}"
+        reason = "the model was not evaluated during the training; give the Trainer an eval_dataset and add "
+        reason += f"--eval_strategy steps --eval_steps {tenth}"
     return f"No weight decay can be judged: {reason}."
+
+
+def _misread(run: Run) -> list[str]:
+    """Of AdamS at a weight decay that is usual for AdamW, but without `reference_steps`, what to do."""
+    decay, options = run.weight_decay or 0.0, _optim_args(run)
+    if run.optim != "adams" or "reference_steps" in options or decay < _USUAL:
+        return []
+    if (run.mean_decay or 0.0) < _MANY_TIMES * decay:
+        return []
+    added = f"reference_steps={max(1, min(100, run.planned_steps // 3))}"
+    return [
+        f"Next: {decay:g} with {added}. Without it weight_decay is divided by the gradient rms, and what acted was "
+        f"{run.mean_decay:.3g}.",
+        f"Arguments: --optim adams --weight_decay {decay:g} --optim_args {','.join(filter(None, (options, added)))}",
+    ]
 
 
 def _arguments(run: Run, weight_decay: float) -> str:

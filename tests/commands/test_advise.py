@@ -160,7 +160,27 @@ def test_unclipped_norm_is_told_in_words_only(tmp_path):
     assert "were clipped" not in said(write(tmp_path, [1.9, 2.2], weight_decay=0.1, **{**ADAMW, "max_grad_norm": 1.0}))
     settings = {"optim": "adams", "max_grad_norm": 1.0, "optim_args": "reference_steps=20, unclipped_norm=True"}
     has_it = write(tmp_path, [1.9, 2.2], norm=3.0, extra={"swd/weight_decay": 0.1}, weight_decay=0.1, **settings)
-    assert "were clipped" not in said(has_it) and "It was scheduled" in said(has_it)
+    assert "were clipped" not in said(has_it) and "Decay took 18.1 %" in said(has_it)
+
+
+@pytest.mark.parametrize("evaluations", [[2.0, 1.9], []])
+def test_adams_at_the_weight_decay_of_adamw_is_led_to_reference_steps(tmp_path, evaluations):
+    """As the warning of the training does; another weight decay would be in units of the gradient rms."""
+    settings = {"optim": "adams", "max_grad_norm": 0.0, "weight_decay": 0.01, "optim_args": "amsgrad=true"}
+    run = write(tmp_path / "run", evaluations, extra={"swd/weight_decay": 5.0}, **settings)
+    *_, after, last = said(run).splitlines()
+    assert after.startswith("Next: 0.01 with reference_steps=66. Without it") and "acted was 5." in after
+    assert last == "Arguments: --optim adams --weight_decay 0.01 --optim_args amsgrad=true,reference_steps=66"
+    assert "It was 5 in every logged step: nothing was scheduled." in said(run)
+    for changes in ({"optim_args": "reference_steps=66"}, {"weight_decay": 5e-4}):
+        run = write(tmp_path / "run", evaluations, extra={"swd/weight_decay": 5.0}, **{**settings, **changes})
+        assert "with reference_steps=66." not in said(run)
+
+
+def test_training_loss_above_the_evaluations(tmp_path):
+    """With dropout it is."""
+    run = write(tmp_path, [2.0, 1.0], [1.2] * 10, weight_decay=0.1, **ADAMW)
+    assert "The training loss ends 20 % above it" in said(run)
 
 
 def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
@@ -170,8 +190,8 @@ def test_run_that_cannot_tell_says_what_is_missing(tmp_path):
     assert "sgd is not known to have decoupled and constant decay" in sgd
     blind = said(write(tmp_path / "blind", [], weight_decay=0.1, **ADAMW))
     assert blind.splitlines()[-1] == (
-        "No weight decay can be judged: the model was not evaluated during the training; add --eval_strategy steps "
-        "--eval_steps 20."
+        "No weight decay can be judged: the model was not evaluated during the training; give the Trainer an "
+        "eval_dataset and add --eval_strategy steps --eval_steps 20."
     )
     assert unknown.splitlines()[-1] == (
         "No weight decay can be judged: training_args.bin, which has it, is missing or damaged."

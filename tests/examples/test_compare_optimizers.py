@@ -149,7 +149,7 @@ def test_verdict_says_in_three_sentences_what_decided():
         "1.90, AdamS 2: 1.93.",
         "AdamS 2 ended 0.031 worse than AdamW 2, with a gradient norm 13 % lower.",
         "The strength of the decay decides here (a difference of 0.22), not its schedule (0.031). One seed each: "
-        "differences below 0.0099 (0.5 %) may be chance.",
+        "differences below 0.01 (0.5 %) may be chance.",
     ]
 
 
