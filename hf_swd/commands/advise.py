@@ -414,9 +414,8 @@ def _unjudged(runs: Sequence[Run], metric: Metric) -> str:
 def _misread(run: Run) -> list[str]:
     """Of AdamS at a weight decay that is usual for AdamW, but without `reference_steps`, what to do."""
     decay, options = run.weight_decay or 0.0, _optim_args(run)
-    if run.optim != "adams" or "reference_steps" in options or decay < _USUAL:
-        return []
-    if (run.mean_decay or 0.0) < _MANY_TIMES * decay:
+    is_many_times = decay >= _USUAL and (run.mean_decay or 0.0) >= _MANY_TIMES * decay
+    if run.optim != "adams" or "reference_steps" in options or not is_many_times:
         return []
     added = f"reference_steps={max(1, min(100, run.planned_steps // 3))}"
     return [
