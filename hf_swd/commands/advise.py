@@ -10,10 +10,11 @@ import os
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.calibration import MANY_TIMES, USUAL_FOR_ADAMW, proposed_options, with_options
 from .forecast import CONSTANTS, Proposal, Tried, bounded, propose, rounded
 from .run_log import Run, read_runs
 
@@ -29,8 +30,6 @@ _IRRELEVANT = tuple(
 _LESS_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "bpc", "bpb", "error", "wer", "cer", "mse", "mae")
 _NO_METRICS = ("_runtime", "_per_second", "_time")
 _DIGITS = {"BF16": 8, "F16": 11}  # binary digits of a number
-_USUAL = 0.01  # weight decay of AdamW
-_MANY_TIMES = 100  # weight_decay is hardly meant to act
 _SO_FAR = "in any task that was tried"
 _ALL = 0.9  # of the logged steps were clipped: then the schedule is constant
 
@@ -355,9 +354,9 @@ def _decay_of(run: Run) -> list[str]:
     lines = [said]
     decays = run.column("swd/weight_decay")
     if decays and total:
-        lines.append(f"It was scheduled, from {decays[0]:.3g} to {decays[-1]:.3g}; its mean is {run.mean_decay:.3g}.")
-    if decays and total and len({f"{decay:.3g}" for decay in decays}) == 1:
-        lines[-1] = f"It was {decays[0]:.3g} in every logged step: nothing was scheduled."
+        scheduled = f"It was scheduled, from {decays[0]:.3g} to {decays[-1]:.3g}; its mean is {run.mean_decay:.3g}."
+        constant = f"It was {decays[0]:.3g} in every logged step: nothing was scheduled."
+        lines.append(scheduled if len({f"{decay:.3g}" for decay in decays}) > 1 else constant)
     lines += _rounding_of(run)
     norms, limit = run.column("grad_norm"), run.number("max_grad_norm")
     clipped = sum(norm > limit for norm in norms) if limit else 0
@@ -413,21 +412,22 @@ def _unjudged(runs: Sequence[Run], metric: Metric) -> str:
 
 def _misread(run: Run) -> list[str]:
     """Of AdamS at a weight decay that is usual for AdamW, but without `reference_steps`, what to do."""
-    decay, options = run.weight_decay or 0.0, _optim_args(run)
-    is_many_times = decay >= _USUAL and (run.mean_decay or 0.0) >= _MANY_TIMES * decay
-    if run.optim != "adams" or "reference_steps" in options or not is_many_times:
+    decay, acted = run.weight_decay or 0.0, run.mean_decay or 0.0
+    is_meant = decay < USUAL_FOR_ADAMW or acted < MANY_TIMES * decay
+    if run.optim != "adams" or "reference_steps" in _optim_args(run) or is_meant:
         return []
-    added = f"reference_steps={max(1, min(100, run.planned_steps // 3))}"
+    options = proposed_options(run.planned_steps)
     return [
-        f"Next: {decay:g} with {added}. Without it weight_decay is divided by the gradient rms, and what acted was "
-        f"{run.mean_decay:.3g}.",
-        f"Arguments: --optim adams --weight_decay {decay:g} --optim_args {','.join(filter(None, (options, added)))}",
+        f"Next: {decay:g} with {with_options('', options)}. Without it weight_decay is divided by the gradient rms, "
+        f"and what acted was {acted:.3g}.",
+        _arguments(run, decay, options),
     ]
 
 
-def _arguments(run: Run, weight_decay: float) -> str:
-    """The run's own optimizer, with this weight decay."""
-    values = {"optim": run.optim, "weight_decay": f"{weight_decay:g}", "optim_args": _optim_args(run)}
+def _arguments(run: Run, weight_decay: float, options: Mapping[str, Any] | None = None) -> str:
+    """The run's own optimizer, with this weight decay and these further options."""
+    optim_args = with_options(_optim_args(run), options or {})
+    values = {"optim": run.optim, "weight_decay": f"{weight_decay:g}", "optim_args": optim_args}
     return "Arguments: " + " ".join(f"--{name} {value}" for name, value in values.items() if value)
 
 

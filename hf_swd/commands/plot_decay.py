@@ -43,9 +43,8 @@ def plot_against_decay(
     decays = [setting.weight_decay for setting in settings]
     name = name_of(settings[0].runs[0].optim)
     solid, dashed = styles_of([name] * 2)
-    label = (
-        f"{name}, {'mean over the seeds' if any(len(setting.values) > 1 for setting in settings) else 'one run each'}"
-    )
+    has_seeds = any(len(setting.values) > 1 for setting in settings)
+    label = f"{name}, {'mean over the seeds' if has_seeds else 'one run each'}"
     axes.plot(decays, [setting.mean for setting in settings], **solid, marker="o", label=label)
     proposal, noise = advice.proposal, advice.noise
     best = min(advice.settings, key=lambda setting: setting.loss)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..core.calibration import MANY_TIMES, USUAL_FOR_ADAMW, proposed_options, with_options
 from ..core.wrappers import schedule_of, unwrapped
 from .rounding import rounding_warning
 
@@ -24,13 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_swd.trainer")
 
 _LARGE_DECAY = 0.01  # of the weights, per step
-_MANY_TIMES = 100  # weight_decay: with reference_steps, or from a value that is usual for AdamW, hardly meant
-_USUAL_FOR_ADAMW = 0.01
 _NEARLY_ALL = 0.9
 _ENOUGH_STEPS = 20
 _ENOUGH_LOGS_AT_END = 3
 _OPTIONS = ("reference_steps", "unclipped_norm", "amsgrad")
-_USUAL_WARM_UP = 100  # steps, for reference_steps; a third of the training if that is less
 
 
 @dataclass
@@ -41,24 +39,21 @@ class _Watch:
     first_step: int
     clips_before: tuple[int, int]
     clips_to: str = ""
-    optim_args: list[str] | None = None  # the items given; `None` if the optimizer was built by the user
+    optim_args: str | None = None  # `None` if the optimizer was built by the user
     logs: int = 0
     clipped_logs: int = 0
     said: set[str] = field(default_factory=set)
 
     @property
     def like_adamw(self) -> dict[str, Any]:
-        """Options with which `weight_decay` has its meaning in AdamW."""
-        return {"reference_steps": max(1, min(_USUAL_WARM_UP, self.state.max_steps // 3))}
+        return proposed_options(self.state.max_steps)
 
     def setting(self, options: dict[str, Any]) -> str:
-        """How to set options, with all else that `optim_args` holds: pasted without, the decay would be another."""
-        if self.optim_args is None:
-            items = (f"{name}={value}" for name, value in options.items())
-            return f"{', '.join(items)} where the optimizer, or its ScheduledWeightDecay, is built"
-        kept = (item for item in self.optim_args if item.partition("=")[0] not in options)
-        items = (f"{name}={str(value).lower()}" for name, value in options.items())
-        return f'optim_args="{",".join([*kept, *items])}"'
+        """How to set options."""
+        if self.optim_args is not None:
+            return f'optim_args="{with_options(self.optim_args, options)}"'
+        items = (f"{name}={value}" for name, value in options.items())
+        return f"{', '.join(items)} where the optimizer, or its ScheduledWeightDecay, is built"
 
     def looks_for(self, subject: str) -> bool:
         return self.state.is_world_process_zero and subject not in self.said
@@ -85,7 +80,7 @@ def begin(schedule: WeightDecaySchedule, state: TrainerState, max_norm: float, a
     """At the begin of a training that clips to `max_norm`, after its checkpoint has been loaded."""
     watch = _begin(schedule, state, schedule.clip_statistics())
     if args.optim == "adams":
-        watch.optim_args = args.optim_args.replace(" ", "").split(",") if args.optim_args else []
+        watch.optim_args = args.optim_args or ""
     optimizer, max_grad_norm = schedule.optimizer, args.max_grad_norm or 0.0
     if largest(optimizer, "initial_weight_decay") == 0:
         watch.warn(
@@ -219,7 +214,7 @@ def _check_decay(watch: _Watch, schedule: WeightDecaySchedule, optimizer: Any, s
             f"effective decay {decay:.3g}, from weight_decay={user_decay:g} at a gradient rms of {rms:.3g}. Choose a "
             f"smaller weight_decay{remedy}.",
         )
-    elif decay > _MANY_TIMES * user_decay and (schedule.reference_steps or user_decay >= _USUAL_FOR_ADAMW):
+    elif decay > MANY_TIMES * user_decay and (schedule.reference_steps or user_decay >= USUAL_FOR_ADAMW):
         if schedule.reference_steps:
             why = f"the gradient rms has fallen from {schedule.reference_rms:.3g} to {rms:.3g} since reference_steps"
         else:
